@@ -1,0 +1,1 @@
+"""How a step is executed, one file a backend. Each is a plugin like any stranger's."""
