@@ -24,10 +24,33 @@ STALE = (
 )
 
 
+def _staging_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.burnish-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process: it lives
+        return True
+    return True
+
+
+def _sweep(target: Path) -> None:
+    """Remove what a killed process left beside `target`; a living process keeps its own."""
+    for left in target.parent.glob(f".{target.name}.burnish-*-*"):
+        process = left.name.rsplit("-", 2)[1]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.burnish-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    _sweep(path)
+    staging = _staging_name(path)
     try:
         with staging.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -41,14 +64,6 @@ def write_atomic(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, whole or not at all."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _sweep(target: Path) -> None:
-    """Remove staging folders that a killed process left beside `target`."""
-    for left in target.parent.glob(f".{target.name}.burnish-*"):
-        process = left.name.rsplit("-", 2)[1]
-        if not process.isdigit() or not Path(f"/proc/{process}").exists():
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _move_in(staging: Path, target: Path) -> None:
@@ -80,7 +95,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
-    staging = target.with_name(f".{target.name}.burnish-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    staging = _staging_name(target)
     staging.mkdir()
     try:
         yield staging
