@@ -1,7 +1,8 @@
 """Which plugins are installed and what they claim, read from distribution metadata: nothing is imported here.
 
 A distribution names its plugin modules in the entry-point group `burnish` and what each can do in the group
-`burnish.capabilities`, as `"kind.value" = "module"`. Wheels, editable installs and sdists all carry both in
+`burnish.capabilities`, as `"kind.value" = "module"` (`contract.N` once, for all of its modules; `"kind.value.anything"`
+where two modules claim one thing). Wheels, editable installs and sdists all carry both in
 `entry_points.txt`, so the claims of a plugin that cannot even be imported are still known.
 """
 
@@ -93,23 +94,32 @@ def _refusal(claims: frozenset[tuple[str, str]], odd: list[str]) -> str:
     return ""
 
 
+def _claims() -> tuple[dict[tuple[str, str], set[tuple[str, str]]], dict[str, list[str]]]:
+    """What each (distribution, module) claims, and each distribution's entries that are no claim at all.
+
+    The contract version holds for a whole distribution and stands under the module name "".
+    """
+    claims: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    odd: dict[str, list[str]] = {}
+    for point in entry_points(group=CAPABILITIES):
+        kind, value = (*point.name.split(".", 2), "")[:2]
+        distribution = _origin(point)[0]
+        if kind in KINDS and value:
+            module = "" if kind == "contract" else point.module
+            claims.setdefault((distribution, module), set()).add((kind, value))
+        else:
+            odd.setdefault(distribution, []).append(point.name)
+    return claims, odd
+
+
 def installed() -> tuple[Plugin, ...]:
     """Every plugin there is, Burnish's own first, then by distribution and name."""
-    claims: dict[tuple[str, str], set[tuple[str, str]]] = {}
-    odd: dict[tuple[str, str], list[str]] = {}
-    for point in entry_points(group=CAPABILITIES):
-        kind, dot, value = point.name.partition(".")
-        key = (_origin(point)[0], point.module)
-        if kind in KINDS and dot and value:
-            claims.setdefault(key, set()).add((kind, value))
-        else:
-            odd.setdefault(key, []).append(point.name)
+    claims, odd = _claims()
     plugins = []
     for point in entry_points(group=GROUP):
         distribution, version = _origin(point)
-        key = (distribution, point.module)
-        own = frozenset(claims.get(key, ()))
-        refusal = _refusal(own, odd.get(key, []))
+        own = frozenset(claims.get((distribution, point.module), set()) | claims.get((distribution, ""), set()))
+        refusal = _refusal(own, odd.get(distribution, []))
         plugins.append(
             Plugin(
                 name=point.name, module=point.module, distribution=distribution, version=version,

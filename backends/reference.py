@@ -1,0 +1,42 @@
+"""The reference backend: Sentence Transformers' own step on any device, and a plain version of every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..core.contracts import BackendSpec, KernelSpec, Needs, Step, StepContext
+from ..core.hookspecs import hookimpl
+
+
+def build_step(context: StepContext) -> Step:
+    """Sentence Transformers' step as it is: what every other backend is compared with."""
+    return context.eager
+
+
+def _attention() -> Callable[..., Any]:
+    from ..kernels.attention import packed_attention
+
+    return packed_attention
+
+
+def _flash_attention() -> Callable[..., Any]:
+    from ..kernels.attention import flash_packed_attention
+
+    return flash_packed_attention
+
+
+@hookimpl
+def burnish_register_backends() -> Iterable[BackendSpec]:
+    return [BackendSpec(name="reference", summary="plain PyTorch, one kernel at a time, any device", build_step=build_step)]
+
+
+@hookimpl
+def burnish_register_kernels() -> Iterable[KernelSpec]:
+    return [
+        KernelSpec(operation="packed_attention", name="reference", load=_attention),
+        KernelSpec(
+            operation="packed_attention", name="flash", load=_flash_attention, priority=10,
+            needs=Needs(devices=("cuda",), compute_capability=(8, 0)),
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,115 @@
+"""Unpadded input on a Sentence Transformers model: no padding token is computed in a transformer layer.
+
+Sentence Transformers can already flatten a batch of texts into one row where FlashAttention is installed. Here the same
+path is opened for any device, with attention from the registry, for families that say it is exact. Two transformers
+registries get one new name each (`burnish_packed_…`); nothing of theirs is replaced, and only this model's config uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DataCollatorWithFlattening
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .contracts import Packing
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+
+# What a packed batch carries beside the token ids; the model hands these to its attention modules.
+PACKED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids"})
+
+
+def _attention(operation: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """An attention function for transformers: packed where the batch is, transformers' own where it is padded."""
+
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        bounds = kwargs.get("cu_seq_lens_q")
+        causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", False)))
+        if bounds is None:
+            if attention_mask is None and sliding_window is not None:
+                attention_mask = _window_mask(query.shape[2], sliding_window, causal, query.device)
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        # (1, heads, tokens, size) to (tokens, heads, size) and back to (1, tokens, heads, size)
+        out = operation(
+            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), bounds, int(kwargs["max_length_q"]),
+            scale=scaling, dropout=dropout, causal=causal, window=sliding_window,
+        )  # fmt: skip
+        return out[None], None
+
+    return forward
+
+
+def _window_mask(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place
+    mask = distance.abs() < window
+    return (mask & (distance >= 0) if causal else mask)[None, None]
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """No mask for a packed (or full) batch, transformers' own for a padded one. Without this function registered,
+    transformers would hand no mask at all to an attention it does not know, and padding would be attended to."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def register_attention(name: str, operation: Callable[..., Tensor]) -> str:
+    """Make `operation` known to transformers; returns the attention name to load or set."""
+    # "flash" in the name would make Sentence Transformers look for the flash-attn package.
+    full = f"burnish_packed_{name}".replace("flash", "fa")
+    AttentionInterface.register(full, _attention(operation))
+    AttentionMaskInterface.register(full, _mask)
+    return full
+
+
+@dataclass(slots=True)
+class PackedInput:
+    """Packing switched on for one `Transformer` module; `undo` puts everything back."""
+
+    module: Transformer
+    attention_before: str
+    forward_params_before: set[str] | None
+
+    def undo(self) -> None:
+        """Go back to padded input and the attention the model came with."""
+        self.module.model.set_attn_implementation(self.attention_before)
+        self.module.model_forward_params = self.forward_params_before
+        self.module.unpad_inputs = self.module.unpad_inputs  # its setter works the rest out again
+
+
+def pack_inputs(module: Transformer, packing: Packing, attention: str) -> PackedInput:
+    """Let `module` flatten every batch of texts.
+
+    Args:
+        module: The first module of a SentenceTransformer; texts that it preprocesses come out as (1, T) token ids with
+            `cu_seq_lens_q` (N + 1,) int32 and `position_ids` (1, T) that start at the family's offset in each text.
+        packing: What the family says about packed input.
+        attention: A name from `register_attention`.
+    """
+    before = PackedInput(module, module.config._attn_implementation, module.model_forward_params)
+    if packing.attention == "interface":
+        module.model.set_attn_implementation(attention)
+    if module.model_forward_params is not None:
+        module.model_forward_params = module.model_forward_params | PACKED_KEYS
+    module.data_collator = DataCollatorWithFlattening(
+        return_seq_idx=False, return_flash_attn_kwargs=True, return_position_ids=True
+    )
+    module._flatten_position_offset = packing.position_offset
+    module.can_flatten_inputs = True
+    return before
