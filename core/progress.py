@@ -148,11 +148,16 @@ class ProgressCallback(TrainerCallback):
 
     def close(self) -> None:
         """Take the bars down and give the loggers their handlers back; for a run that ended in an exception, too."""
-        for bar in (self._bar, self._evaluation_bar):
-            if bar is not None:
-                bar.close()
-        self._bar = self._evaluation_bar = None
+        self._close_evaluation_bar()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
         self._redirection.close()
+
+    def _close_evaluation_bar(self) -> None:
+        if self._evaluation_bar is not None:
+            self._evaluation_bar.close()
+            self._evaluation_bar = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -246,9 +251,7 @@ class ProgressCallback(TrainerCallback):
         self._evaluation_bar.update(1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._evaluation_bar is not None:
-            self._evaluation_bar.close()
-            self._evaluation_bar = None
+        self._close_evaluation_bar()
         self._pause()
 
     def on_predict(
