@@ -1,0 +1,36 @@
+"""Gradient checkpointing: transformers' own, after the family's fix where one is needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .contracts import Family
+from .errors import ModelError
+from .options import Checkpointing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def enable_checkpointing(model: PreTrainedModel, option: Checkpointing, family: Family) -> str:
+    """Switch checkpointing on as asked; returns what was done, in words.
+
+    "offload" keeps the checkpoints in host memory. On a CPU they are there already, so plain checkpointing is what it
+    means there, and the returned text says so.
+
+    Raises:
+        ModelError: If neither transformers nor the family has checkpointing for this architecture.
+    """
+    if option is False:
+        return "off"
+    if not getattr(model, "supports_gradient_checkpointing", False) and family.checkpointing is None:
+        what = f"transformers has no gradient checkpointing for {type(model).__name__}, and family {family.name} brings none"
+        raise ModelError(what, where="use_gradient_checkpointing", fix="Pass use_gradient_checkpointing=False")
+    on_host = model.device.type == "cpu"
+    keywords: dict[str, Any] = {"offload": True} if option == "offload" and not on_host else {}
+    # transformers 5.18 renamed the method; the old name warns there and the new one is missing before.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False}, **keywords)
+    if option == "offload":
+        return "every layer (offload has nothing to do on a CPU)" if on_host else "every layer, kept in host memory"
+    return "every layer"

@@ -1,0 +1,289 @@
+"""The model a user holds: Sentence Transformers' own class, prepared for training and able to merge its adapter."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sentence_transformers
+import torch
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling as PoolingModule
+from torch import nn
+
+from . import saving
+from .checkpointing import enable_checkpointing
+from .contracts import Pooling
+from .errors import ConfigError
+from .files import atomic_folder
+from .loading import Decision, Repository, decide, read_repository
+from .options import LoadOptions, dtype_of, model_kwargs_dtype
+from .packing import PackedInput, pack_inputs, register_attention
+from .patching import Claim, PatchPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+
+@dataclass(slots=True)
+class Preparation:
+    """What Burnish did to a model, kept on it as `model.burnish`; print it to read it.
+
+    Args:
+        decision: Family, dtype, backend and input layout, with reasons.
+        plan: The patches, with what became of each.
+        packed: Packed input, or None where the input stays padded.
+        pooling: Where the pooling came from.
+        checkpointing: What gradient checkpointing does, or "off".
+    """
+
+    decision: Decision
+    plan: PatchPlan
+    packed: PackedInput | None
+    pooling: str
+    checkpointing: str = "off"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, what was chosen and why), for tables."""
+        family, backend = self.decision.family, self.decision.backend
+        applied = len(self.plan.applied)
+        return [
+            ("family", f"{family.family.name} ({family.plugin.label}; {family.reason})"),
+            ("weights", str(self.decision.precision)),
+            ("pooling", self.pooling),
+            ("input", f"{'packed' if self.packed else 'padded'} ({self.decision.packed_reason})"),
+            ("backend", f"{backend.spec.name} ({backend.reason})"),
+            ("patches", f"{applied} applied, {len(self.plan.entries) - applied} not" if self.plan.entries else "none"),
+            ("checkpoints", self.checkpointing),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"  {name:12} {value}" for name, value in self.rows())
+
+
+class SentenceTransformer(sentence_transformers.SentenceTransformer):
+    """`sentence_transformers.SentenceTransformer`, prepared for training: one changed import moves a script.
+
+    Takes what that class takes, plus `options`. Made without options it is loaded for full fine-tuning, in float32
+    unless `model_kwargs` says otherwise, which is what a Sentence Transformers script expects of it.
+
+    Raises:
+        BurnishError: Where something asked for cannot be had; the message says what to do.
+    """
+
+    burnish: Preparation | None = None
+
+    def __init__(self, model_name_or_path: str | None = None, *, options: LoadOptions | None = None, **keywords: Any) -> None:
+        # Set around nn.Module's own bookkeeping, which is not there before its __init__ has run.
+        object.__setattr__(self, "_options", options or _script_options(keywords.get("model_kwargs")))
+        object.__setattr__(self, "_pending", None)
+        object.__setattr__(self, "_pooling_source", "as given")
+        if keywords.get("backend", "torch") != "torch":
+            fix = "Load it with sentence_transformers.SentenceTransformer, which runs that backend"
+            raise ConfigError(f"{keywords['backend']!r} is for inference only", where="backend", fix=fix)
+        self._asked_device = keywords.get("device")
+        super().__init__(model_name_or_path, **keywords)
+        self._prepare()
+
+    # Sentence Transformers calls the two methods below while it loads: before any weight is read, with the repository's
+    # name, revision and token already worked out.
+
+    def _load_modules(self, model_name_or_path: str, *args: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+        hub = {key: keywords.get(key) for key in ("token", "cache_folder", "revision", "local_files_only")}
+        trust = bool(keywords.get("trust_remote_code"))
+        repository = read_repository(
+            model_name_or_path, config_kwargs=keywords.get("config_kwargs"), trust_remote_code=trust, **hub
+        )
+        decision = decide(self._options, repository.config, _device_name(self._asked_device), base=repository.base)
+        self._pending = (repository, decision)
+        self._pooling_source = "modules.json"
+        if self._options.pooling_mode is not None and "modules.json" in repository.files:
+            fix = "Drop pooling_mode, or load the bare transformer"
+            raise ConfigError("the repository's modules.json says how it is pooled", where="pooling_mode", fix=fix)
+        given = dict(keywords.get("model_kwargs") or {})
+        given.pop("torch_dtype", None)
+        if decision.precision.dtype is not None:
+            given["dtype"] = decision.precision.dtype
+        if decision.precision.quantization_config is not None:
+            given["quantization_config"] = decision.precision.quantization_config
+        keywords["model_kwargs"] = given
+        modules: tuple[Any, dict[str, Any]] = super()._load_modules(model_name_or_path, *args, **keywords)
+        return modules
+
+    def _load_default_modules(self, model_name_or_path: str, *args: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+        modules, module_kwargs = super()._load_default_modules(model_name_or_path, *args, **keywords)
+        if self._pending is None or self._options.purpose == "inference" or len(modules) < 2:
+            return modules, module_kwargs
+        repository, decision = self._pending
+        family = decision.family.family
+        rule = family.default_pooling(repository.config, repository.files)
+        if self._options.pooling_mode is not None:
+            rule = Pooling(mode=self._options.pooling_mode, normalize=rule.normalize)  # type: ignore[arg-type]
+        asked = "asked for" if self._options.pooling_mode else f"default of family {family.name}"
+        self._pooling_source = f"{asked}, no modules.json"
+        width = modules[0].get_embedding_dimension()
+        pooled: list[nn.Module] = [modules[0], PoolingModule(width, rule.mode, include_prompt=rule.include_prompt)]
+        return [*pooled, Normalize()] if rule.normalize else pooled, module_kwargs
+
+    def _prepare(self) -> None:
+        options: LoadOptions = self._options
+        if not isinstance(self[0], Transformer) or self.transformers_model is None:
+            return  # a static or custom first module: nothing here to choose, patch or pack
+        if self._pending is None:
+            decision = decide(options, self.transformers_model.config, _device_name(self.device))
+        else:
+            decision = self._pending[1]
+        self._pending = None
+        if options.max_seq_length is not None:
+            self.max_seq_length = options.max_seq_length
+        plan, packed, checkpointing = PatchPlan(()), None, "off"
+        if options.purpose != "inference":
+            plan = _patch(self.transformers_model, decision, bool(options.checkpointing))
+            packed = _pack(self[0], decision)
+            checkpointing = enable_checkpointing(self.transformers_model, options.checkpointing, decision.family.family)
+            _keep_float32(self.transformers_model, decision.family.family.precision.keep_float32)
+            _wake_adapters(self.transformers_model)
+        self.burnish = Preparation(decision, plan, packed, _describe_pooling(self, self._pooling_source), checkpointing)
+        if options.purpose != "inference":
+            decision.registry.observers("model_loaded")(model=self)
+            if not options.quiet:
+                print(f"burnish: {_short_name(self)} is ready to train\n{self.burnish}", file=sys.stderr)
+
+    def save(
+        self,
+        path: str | Path,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Save to a folder: the adapter where there is one (with all that is needed to load it again), else the model.
+
+        The folder appears whole or not at all. Burnish and plain Sentence Transformers both load it.
+
+        Raises:
+            ConfigError: With `safe_serialization=False`: only safetensors are written.
+        """
+        if not safe_serialization:
+            raise ConfigError("only safetensors are written", where="safe_serialization=False", fix="Drop it")
+        with atomic_folder(Path(path)) as staging:
+            super().save(str(staging), model_name, create_model_card, train_datasets)
+        self.model_card_data.save_dir = str(path)  # the card's assets go where the model went, not to the staging folder
+        if self.burnish is not None:
+            self.burnish.decision.registry.observers("model_saved")(model=self, folder=Path(path))
+
+    def merged(self, save_method: str | None = None) -> sentence_transformers.SentenceTransformer:
+        """A plain SentenceTransformer with the adapter folded in; this model keeps its adapter and can train on.
+
+        See `save_pretrained_merged` for `save_method`.
+        """
+        return saving.merged_model(self, save_method)
+
+    def save_pretrained_merged(self, path: str | Path, tokenizer: Any = None, save_method: str | None = None) -> None:
+        """Save a full model with the adapter folded in: stock modules that anything loads.
+
+        Args:
+            path: The folder; it appears whole or not at all.
+            tokenizer: Saved in place of the model's own if given.
+            save_method: None for the dtype the weights were loaded in; "merged_16bit" for float16 (bfloat16 where they
+                are bfloat16 already or the family refuses float16); "merged_32bit" for float32; "lora" for the adapter.
+
+        Raises:
+            ConfigError: For another `save_method`.
+        """
+        saving.save_merged(self, Path(path), tokenizer, save_method)
+
+    def push_to_hub_merged(
+        self,
+        repo_id: str,
+        tokenizer: Any = None,
+        save_method: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        exist_ok: bool = True,
+    ) -> str:
+        """Push what `save_pretrained_merged` would save; returns the commit's URL.
+
+        `token=None` means the one that `hf auth login` left or `HF_TOKEN` holds.
+        """
+        return saving.push_merged(
+            self, repo_id, tokenizer, save_method, token=token, private=private, commit_message=commit_message,
+            revision=revision, create_pr=create_pr, exist_ok=exist_ok,
+        )  # fmt: skip
+
+    def undo_patches(self) -> None:
+        """Go back to stock modules and padded input: what `for_inference=True` loads."""
+        if self.burnish is not None:
+            self.burnish.plan.undo()
+            if self.burnish.packed is not None:
+                self.burnish.packed.undo()
+                self.burnish.packed = None
+
+
+def _script_options(model_kwargs: Mapping[str, Any] | None) -> LoadOptions:
+    given = model_kwargs_dtype(model_kwargs)
+    return LoadOptions(purpose="full", dtype=dtype_of(given) if given != "auto" else None)
+
+
+def _device_name(device: Any) -> str:
+    from sentence_transformers.util import get_device_name
+
+    return str(device) if device is not None else get_device_name()
+
+
+def _patch(transformer: PreTrainedModel, decision: Decision, checkpointing: bool) -> PatchPlan:
+    choice = decision.family
+    patches = list(choice.family.patches(transformer, decision.machine))
+    if checkpointing and choice.family.checkpointing is not None:
+        patches += choice.family.checkpointing(transformer, decision.machine)
+    plan = PatchPlan([Claim(owner=choice.plugin.label, patch=patch) for patch in patches])
+    plan.apply(transformer)
+    return plan
+
+
+def _pack(module: Transformer, decision: Decision) -> PackedInput | None:
+    packing = decision.family.family.packing
+    if not decision.packed or packing is None:
+        return None
+    operation: Callable[..., Any] | None = decision.attention.spec.load() if decision.attention else None
+    name = register_attention(decision.attention.spec.name, operation) if decision.attention and operation else ""
+    return pack_inputs(module, packing, name)
+
+
+def _keep_float32(transformer: PreTrainedModel, suffixes: tuple[str, ...]) -> None:
+    for name, module in transformer.named_modules():
+        if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes):
+            module.to(torch.float32)
+
+
+def _wake_adapters(transformer: PreTrainedModel) -> None:
+    """Make a loaded adapter trainable: PEFT loads it frozen, and a run on it would train nothing."""
+    if getattr(transformer, "_hf_peft_config_loaded", False):
+        from .adapters import float32_adapters
+
+        transformer.set_adapter(transformer.active_adapters())
+        float32_adapters(transformer)
+
+
+def _describe_pooling(model: SentenceTransformer, source: str) -> str:
+    modules = OrderedDict(model.named_children()).values()
+    mode = next((module.pooling_mode for module in modules if isinstance(module, PoolingModule)), "none")
+    normal = "normalised" if any(isinstance(module, Normalize) for module in modules) else "not normalised"
+    return f"{mode}, {normal} ({source})"
+
+
+def _short_name(model: SentenceTransformer) -> str:
+    base = getattr(model.config, "_name_or_path", "") or "model"
+    return Path(base).name or base
+
+
+__all__ = ["Preparation", "Repository", "SentenceTransformer"]

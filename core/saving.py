@@ -1,0 +1,174 @@
+"""An adapter folded into its base, exactly, without touching the model in training."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sentence_transformers
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError, ModelError
+from .files import atomic_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .model import SentenceTransformer
+
+METHODS = ("merged_16bit", "merged_32bit", "lora")
+
+
+def _target_dtype(model: SentenceTransformer, save_method: str | None) -> torch.dtype:
+    transformer = model.transformers_model
+    assert transformer is not None
+    loaded: torch.dtype = transformer.dtype
+    if save_method is None:
+        return loaded
+    if save_method == "merged_32bit":
+        return torch.float32
+    if save_method == "merged_16bit":
+        refused = model.burnish.decision.family.family.precision.refused if model.burnish else {}
+        return torch.bfloat16 if loaded == torch.bfloat16 or "float16" in refused else torch.float16
+    raise ConfigError(f"{save_method!r} is unknown", where="save_method", fix=f"Pass None or one of {', '.join(METHODS)}")
+
+
+def _merged_layer(layer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The stock parameters of one adapted layer: base + adapter, added in float32, then cast."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    base = layer.get_base_layer()
+    if getattr(base.weight, "quant_state", None) is not None or type(base).__name__ == "Linear8bitLt":
+        if any(layer.use_dora.get(name, False) for name in layer.active_adapters):
+            raise ModelError("DoRA over a quantised base cannot be merged exactly", where="save_pretrained_merged", fix="Save the adapter (save_pretrained)")
+        weight = dequantize_module_weight(base).float()
+        for name in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(name).float()
+        return {"weight": weight.to(dtype)} | ({"bias": base.bias.detach().to(dtype)} if base.bias is not None else {})
+    # PEFT's own merge knows every variant (rank-stabilised, DoRA, bias); it works on a float32 copy of this one layer,
+    # so the live model is untouched and the peak is one layer.
+    spare = copy.deepcopy(layer).float()
+    spare.merge(safe_merge=True)
+    return {name: value.detach().to(dtype) for name, value in spare.get_base_layer().state_dict().items()}
+
+
+def merged_state_dict(transformer: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The transformer's state dict under its stock keys, adapters folded in, floating tensors cast to `dtype`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    state: dict[str, Tensor] = {}
+    inside: list[str] = []
+    for path, module in transformer.named_modules():
+        if any(path.startswith(prefix) for prefix in inside):
+            continue
+        prefix = f"{path}." if path else ""
+        if isinstance(module, BaseTunerLayer):
+            inside.append(prefix)
+            state |= {prefix + name: value for name, value in _merged_layer(module, dtype).items()}
+        elif isinstance(module, ModulesToSaveWrapper):
+            inside.append(prefix)
+            trained = module.modules_to_save[module.active_adapters[0]]
+            state |= {prefix + name: _cast(value, dtype) for name, value in trained.state_dict().items()}
+        else:
+            own = module.state_dict()
+            direct = {name for name, _ in module.named_parameters(recurse=False)} | {name for name, _ in module.named_buffers(recurse=False)}
+            state |= {prefix + name: _cast(value, dtype) for name, value in own.items() if name in direct}
+    return state
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.detach().to(dtype) if value.is_floating_point() else value.detach()
+
+
+def merged_model(model: SentenceTransformer, save_method: str | None = None) -> sentence_transformers.SentenceTransformer:
+    """A plain `sentence_transformers.SentenceTransformer` of stock modules with the adapter folded in.
+
+    Raises:
+        ConfigError: For an unknown `save_method`.
+        ModelError: If something in the merged weights does not fit the stock model.
+    """
+    if save_method == "lora":
+        raise ConfigError("'lora' is an adapter, not a merged model", where="save_method", fix="Call save_pretrained")
+    transformer = model.transformers_model
+    assert transformer is not None
+    dtype = _target_dtype(model, save_method)
+    stock = _stock_transformer(transformer, merged_state_dict(transformer, dtype), dtype)
+    first = copy.copy(model[0])
+    first._modules = dict(first._modules)
+    first.model = stock
+    first.unpad_inputs = first.unpad_inputs  # its setter works out again, for stock attention, whether input is packed
+    rest = [copy.deepcopy(module).to(dtype) for module in list(model.children())[1:]]
+    plain = sentence_transformers.SentenceTransformer(
+        modules=OrderedDict(zip(model._modules, [first, *rest], strict=True)),
+        device=str(model.device), prompts=dict(model.prompts), default_prompt_name=model.default_prompt_name,
+        similarity_fn_name=model.similarity_fn_name, truncate_dim=model.truncate_dim, model_card_data=copy.copy(model.model_card_data),
+    )  # fmt: skip
+    plain.module_kwargs = model.module_kwargs
+    plain._model_card_text = model._model_card_text
+    plain.eval()
+    return plain
+
+
+def _stock_transformer(transformer: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    config = copy.deepcopy(transformer.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = "sdpa" if transformer._supports_sdpa else "eager"
+    cls = _stock_class(type(transformer))
+    with torch.device("meta"):
+        stock: PreTrainedModel = cls(config)
+    wanted = set(stock.state_dict())
+    odd = sorted(wanted ^ set(state))
+    if odd:
+        raise ModelError(f"merged weights and the stock {cls.__name__} differ in {odd[0]} (and {len(odd) - 1} more)", where="save_pretrained_merged", fix="Please report this with the model's name")
+    stock.load_state_dict(state, assign=True)
+    _restore_buffers(stock, transformer)
+    stock.tie_weights()
+    stock.config.dtype = dtype
+    stock.config.name_or_path = transformer.config.name_or_path
+    return stock.eval()
+
+
+def _stock_class(cls: type[nn.Module]) -> Any:
+    """The transformers class behind a patched one."""
+    return next(base for base in cls.__mro__ if base.__module__.startswith(("transformers.", "transformers_modules.")))
+
+
+def _restore_buffers(stock: nn.Module, source: nn.Module) -> None:
+    """Buffers that are not saved (position ids, rotary tables) were made on no device; take the live model's."""
+    live = dict(source.named_buffers())
+    for name, buffer in list(stock.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            stock.get_submodule(owner).register_buffer(leaf, live[name].detach().clone(), persistent=False)
+
+
+def save_merged(model: SentenceTransformer, path: Path, tokenizer: Any, save_method: str | None) -> None:
+    """Write the merged model to `path`, whole or not at all; with "lora", the adapter."""
+    if save_method == "lora":
+        model.save(path)
+        return
+    plain = merged_model(model, save_method)
+    with atomic_folder(path) as staging:
+        plain.save(str(staging))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
+    if model.burnish is not None:
+        model.burnish.decision.registry.observers("model_saved")(model=model, folder=path)
+
+
+def push_merged(model: SentenceTransformer, repo_id: str, tokenizer: Any, save_method: str | None, **hub: Any) -> str:
+    """Push the merged model; `hub` is what Sentence Transformers' `push_to_hub` takes."""
+    if save_method == "lora":
+        return str(model.push_to_hub(repo_id, **hub))
+    if tokenizer is None:
+        return str(merged_model(model, save_method).push_to_hub(repo_id, **hub))
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_merged(model, Path(folder) / "model", tokenizer, save_method)
+        return str(model.push_to_hub(repo_id, local_model_path=str(Path(folder) / "model"), **hub))

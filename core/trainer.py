@@ -1,0 +1,99 @@
+"""The trainer: Sentence Transformers' own, with the step handed to a backend and the run checked before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer as StockTrainer
+from sentence_transformers import SentenceTransformerTrainingArguments as StockArguments
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .contracts import StepContext
+from .errors import ModelError
+from .model import Preparation, SentenceTransformer
+
+if TYPE_CHECKING:
+    from .contracts import Step
+
+
+class TrainingArguments(StockArguments):
+    """Sentence Transformers' training arguments, under the name that this package's trainer goes with."""
+
+
+class _Observers(TrainerCallback):
+    """Hands what is logged to the plugins that observe steps."""
+
+    def __init__(self, preparation: Preparation) -> None:
+        self._hook = preparation.decision.registry.observers("step_finished")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **keywords: Any) -> None:
+        self._hook(step=state.global_step, logs=dict(logs or {}))
+
+
+class Trainer(StockTrainer):
+    """`SentenceTransformerTrainer` for models that Burnish loaded.
+
+    Takes the same parameters; `args` may be `burnish.TrainingArguments` or Sentence Transformers' own, losses and
+    evaluators are Sentence Transformers'. The step is executed by the backend that was chosen at load time.
+
+    Raises:
+        ModelError: If the model cannot be trained as it is: stock for inference, nothing trainable, or a half-precision
+            base that was meant for an adapter it never got.
+    """
+
+    training_args_class = StockArguments
+
+    def __init__(self, model: nn.Module | None = None, *args: Any, **keywords: Any) -> None:
+        if model is not None:
+            _check_trainable(model)
+        super().__init__(model, *args, **keywords)
+        self._step: Step | None = None
+        preparation = getattr(self.model, "burnish", None)
+        if preparation is not None and preparation.decision.registry.claimants("observer", "step_finished"):
+            self.add_callback(_Observers(preparation))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch through the backend; returns the detached loss, a scalar."""
+        if self._step is None:
+            self._step = self._build_step()
+        return self._step(model, inputs, num_items_in_batch)
+
+    def _build_step(self) -> Step:
+        eager: Step = super().training_step
+        preparation = getattr(self.model, "burnish", None)
+        if preparation is None:  # a plain SentenceTransformer trains as Sentence Transformers would train it
+            return eager
+        decision = preparation.decision
+        context = StepContext(model=self.model, family=decision.family.family, machine=decision.machine, arguments=self.args, eager=eager)
+        step: Step = decision.backend.spec.build_step(context)
+        return step
+
+
+def _check_trainable(model: nn.Module) -> None:
+    preparation = getattr(model, "burnish", None)
+    if preparation is not None and preparation.decision.options.purpose == "inference":
+        raise ModelError("this model was loaded with for_inference=True", where="Trainer", fix="Load it without for_inference")
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise ModelError("no weight of this model is trainable", where="Trainer", fix="Call FastSentenceTransformer.get_peft_model, or load with full_finetuning=True")
+    if preparation is None or preparation.decision.options.purpose != "adapters":
+        return
+    halves = [name for name, parameter in trained if parameter.dtype in (torch.float16, torch.bfloat16)]
+    if halves:
+        what = f"{len(halves)} weights would train in half precision (the first is {halves[0]})"
+        raise ModelError(what, where="Trainer", fix="Call FastSentenceTransformer.get_peft_model, or load with full_finetuning=True for float32 masters")
+
+
+SentenceTransformerTrainer = Trainer
+SentenceTransformerTrainingArguments = TrainingArguments
+
+__all__ = [
+    "SentenceTransformer",
+    "SentenceTransformerTrainer",
+    "SentenceTransformerTrainingArguments",
+    "Trainer",
+    "TrainingArguments",
+]
