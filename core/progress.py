@@ -107,8 +107,9 @@ class ProgressCallback(TrainerCallback):
         self._total = self._pairs = 0
         # Seconds of the clock: the start, the last event, and what was spent on other things than training.
         self._began = self._last = self._idle = 0.0
-        # (pairs, seconds of training) at the start, at the last logged loss and at the last line.
-        self._start = self._logged = self._told = (0, 0.0)
+        # Pairs done before this run, and (pairs, seconds of training) at the last logged loss and at the last line.
+        self._start = 0
+        self._logged = self._told = (0, 0.0)
 
     @property
     def _file(self) -> TextIO:
@@ -137,9 +138,9 @@ class ProgressCallback(TrainerCallback):
             print(line, file=self._file, flush=True)
 
     def _say_where(self) -> None:
-        pairs, seconds = self._told
+        """One line, with the mean speed so far: that of the last few seconds makes the time left jump about."""
         now = self._training_seconds()
-        rate = (self._pairs - pairs) / max(now - seconds, 1e-9)
+        rate = (self._pairs - self._start) / max(now, 1e-9)
         left = tqdm.format_interval((self._total - self._pairs) / rate) if rate else "?"
         loss = "" if self._loss is None else f", loss {self._loss:.4f}"
         done = f"{100 * self._pairs // max(self._total, 1):3d}%  {self._pairs:,}/{self._total:,} pairs"
@@ -166,7 +167,8 @@ class ProgressCallback(TrainerCallback):
         self._shown, self._live = state.is_world_process_zero, self._is_live(args)
         self._total = _pairs_in_run(args, state, getattr(kwargs.get("train_dataloader"), "dataset", None))
         self._pairs = self._pairs_at(state)
-        self._start = self._logged = self._told = (self._pairs, 0.0)
+        self._start = self._pairs
+        self._logged = self._told = (self._pairs, 0.0)
         self._began = self._last = self._clock()
         self._idle, self._loss = 0.0, None
         self.history = _taken_over(state)
@@ -267,7 +269,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         self.close()
         if not self._live:
-            pairs, seconds = self._pairs - self._start[0], self._training_seconds()
+            pairs, seconds = self._pairs - self._start, self._training_seconds()
             loss = "" if self._loss is None else f", last loss {self._loss:.4f}"
             rate = f"{pairs / max(seconds, 1e-9):,.1f} pairs/s"
             self._say(f"Trained on {pairs:,} pairs in {tqdm.format_interval(seconds)}, {rate}{loss}")
