@@ -193,10 +193,7 @@ def _csv_fault(
 
 def _last_column(text: str, header: Sequence[str], delimiter: str) -> str | None:
     """The column in which `text`, the beginning of a row, ends."""
-    try:
-        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
-    except csv.Error:
-        return None
+    cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
     return header[len(cells) - 1] if 0 < len(cells) <= len(header) else None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
-from .readers import BadRow, Row, csv_header, csv_rows, jsonl_rows, place
+from .readers import BadRow, Row, csv_header, csv_rows, jsonl_rows
 
 if TYPE_CHECKING:
     import datasets  # type: ignore[import-untyped]
@@ -171,7 +171,7 @@ def _folder(path: Path, split: str) -> Source:
         loaded = load_from_disk(where)
     except Exception as error:  # whatever a damaged folder sets off in datasets, json or pyarrow
         what = f"folder cannot be loaded ({_one_line(error)})"
-        fix = "Write it again with save_to_disk: it is incomplete or damaged"
+        fix = "Write it again with save_to_disk: it is empty, incomplete or damaged"
         raise DataError(what, where=where, fix=fix) from error
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
@@ -202,7 +202,7 @@ def _hub_error(error: Exception, source: str) -> DataError:
 
     said = _one_line(error)
     if isinstance(error, DatasetNotFoundError):
-        fix = f"Check the spelling ({_KINDS}); if it is private or gated, run `hf auth login` and accept its terms"
+        fix = "Check the spelling; if it is private or gated, run `hf auth login` and accept its terms"
         return DataError("is no file here and no data set that the Hub shows you", where=source, fix=fix)
     if isinstance(error, ConnectionError) or "OfflineModeIsEnabled" in said:
         if datasets.config.HF_HUB_OFFLINE:
@@ -222,14 +222,11 @@ def _from_dataset(dataset: datasets.Dataset, where: str) -> Source:
     def rows(names: Sequence[str] | None) -> Generator[Row, None, None]:
         wanted = list(header if names is None else names)
         arrow = dataset.select_columns(wanted).with_format("arrow")
-        try:
-            yield from table_rows(arrow.iter(BATCH), wanted)
-        except OSError as error:
-            raise DataError(f"cannot be read ({_one_line(error)})", where=place(where), fix="Load it again") from error
+        yield from table_rows(arrow.iter(BATCH), wanted)
 
     return Source(where=where, names=header, rows=rows, dataset=dataset)
 
 
 def _one_line(error: Exception, most: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= most else text[: most - 1] + "…"

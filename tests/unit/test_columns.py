@@ -8,10 +8,11 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from burnish.core.columns import LABELS, Columns, default_loss, detect_columns, refine_kind
-from burnish.core.errors import ConfigError, DataError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from burnish.core.columns import LABELS, Columns, default_loss, detect_columns, refine_kind
+from burnish.core.errors import ConfigError, DataError
 
 KNOWN_SETS = [
     ("anchor", "positive"),
@@ -77,8 +78,10 @@ def test_the_first_label_name_wins_and_the_others_are_no_texts() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["id", "_id", "ID", "ids", "query_id", "query-id", "doc_ids", "pair_idx", "idx", "dataset_name"]
-    + ["__index_level_0__", "Unnamed: 0", ""],
+    (
+        *("id", "_id", "ID", "ids", "query_id", "query-id", "doc_ids", "pair_idx", "idx"),
+        *("dataset_name", "__index_level_0__", "Unnamed: 0", ""),
+    ),
 )
 def test_ids_and_row_numbers_are_left_out_and_reported(name: str) -> None:
     found = detect_columns(["anchor", name, "positive"], "data.csv")
@@ -128,8 +131,8 @@ def test_metadata_beside_known_names_is_not_taken_for_negatives() -> None:
     with pytest.raises(DataError) as caught:
         detect_columns(["source", "positive", "anchor"], "data.csv")
     assert str(caught.value) == (
-        "data.csv, column source: cannot tell what it is for beside 'anchor' and 'positive': a loss would take it for a "
-        "negative. Remove it, or name the columns to use, e.g. columns: {anchor: anchor, positive: positive}"
+        "data.csv, column source: cannot tell what it is for beside 'anchor' and 'positive': a loss would take it for "
+        "a negative. Remove it, or name the columns to use, e.g. columns: {anchor: anchor, positive: positive}"
     )
 
 
@@ -197,7 +200,7 @@ def test_refining_by_type_and_name() -> None:
 def test_default_losses_exist_in_sentence_transformers() -> None:
     losses = [default_loss(kind) for kind in ("pairs", "scored", "labelled-pairs", "classes")]
     assert losses == ["MultipleNegativesRankingLoss", "CoSENTLoss", "OnlineContrastiveLoss", "BatchAllTripletLoss"]
-    with pytest.raises(ConfigError, match="'triples' is not a kind of data. Use one of pairs, scored"):
+    with pytest.raises(ConfigError, match=r"'triples' is not a kind of data\. Use one of pairs, scored"):
         default_loss("triples")
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from burnish.core.errors import DataError
-from burnish.core.readers import BadRow, Row, csv_header, csv_rows, jsonl_rows, place
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from burnish.core.errors import DataError
+from burnish.core.readers import BadRow, Row, csv_header, csv_rows, jsonl_rows, place
 
 LINE = '{"anchor": "a", "positive": "b"}\n'
 HEAD = "anchor,positive\n"

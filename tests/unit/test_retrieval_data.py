@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from burnish.core import retrieval_data
 from burnish.core.errors import DataError
 from burnish.core.retrieval_data import load_retrieval, training_pairs
@@ -220,7 +221,7 @@ def test_a_query_of_this_split_must_be_judged(make: Make) -> None:
 
 
 def test_pairs_that_cannot_be_trained_on(make: Make) -> None:
-    with pytest.raises(DataError, match="train.tsv: holds only one relevant pair. Give it at least two"):
+    with pytest.raises(DataError, match=r"train\.tsv: holds only one relevant pair\. Give it at least two"):
         training_pairs(make(qrels=HEADER + "q0\td0\t1\nq1\td1\t0\n"))
-    with pytest.raises(DataError, match="train.tsv, column corpus-id: every judgement is of one document. Add"):
+    with pytest.raises(DataError, match=r"train\.tsv, column corpus-id: every judgement is of one document\. Add"):
         training_pairs(make(qrels=HEADER + "q0\td0\t1\nq1\td0\t1\n"))

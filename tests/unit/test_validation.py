@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from burnish.core.columns import Columns
 from burnish.core.errors import DataError
 from burnish.core.readers import BadRow, Row
@@ -19,8 +22,6 @@ from burnish.core.validation import (
     label_value,
     text_fault,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 PAIRS = Columns(texts=("anchor", "positive"), kind="pairs")
 SCORED = Columns(texts=("a", "b"), label="score", kind="scored")
@@ -211,8 +212,8 @@ TRIPLETS = Columns(texts=("anchor", "positive", "negative"), kind="pairs")
         (
             PAIRS,
             [("a", "same"), ("b", "same"), ("c", "same")],
-            "f, column positive: every row has the same text, 'same'. Check that it is the right column; every row needs "
-            "a text of its own, as each row's positive is a negative to all other rows",
+            "f, column positive: every row has the same text, 'same'. Check that it is the right column; every row "
+            "needs a text of its own, as each row's positive is a negative to all other rows",
         ),
         (PAIRS, [("q", "x"), ("q", "y")], "f, column anchor: every row has the same text, 'q'. Check that it is"),
         (
