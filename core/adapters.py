@@ -84,6 +84,13 @@ def _targets(transformer: PreTrainedModel, default: LoraTargets, asked: Any) -> 
     return list(names), hit, _dead_note(hit)
 
 
+def lora_layers(transformer: nn.Module, default: LoraTargets) -> tuple[list[str], list[str]]:
+    """(the layers a family's default targets adapt, the linear layers it leaves out as dead), by full name."""
+    linear = [name for name, module in transformer.named_modules() if _is_linear(module)]
+    dead = [name for name in linear if _named(name, default.exclude)]
+    return [name for name in linear if name not in dead and (not default.names or _named(name, default.names))], dead
+
+
 def _dead_note(dead: list[str]) -> list[str]:
     return [f"{name} gets no adapter: nothing reads its output" for name in dead]
 

@@ -1,0 +1,41 @@
+"""The `burnish` program. Commands import what they need when they run, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and exit: 0 done, 1 failed check, 2 wrong use, 3 bad data, 4 model, 5 plugin, 130 interrupted."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """The program without the exit: returns the exit code. Set BURNISH_DEBUG=1 to see tracebacks of user errors."""
+    from ..errors import BurnishError
+
+    try:
+        import typer  # noqa: F401
+    except ImportError:
+        print("error: the command line needs an extra. Run: pip install 'burnish[cli]'", file=sys.stderr)
+        return 2
+    from .app import dispatch
+
+    try:
+        return dispatch(arguments)
+    except BurnishError as error:
+        if os.environ.get("BURNISH_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if os.environ.get("BURNISH_DEBUG") or error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}. What was being written has been taken back; mend the cause and run again", file=sys.stderr)
+        return 1
