@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # The files whose presence decides how a repository is read.
-PROBED = ("modules.json", "adapter_config.json", "config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+PROBED = (
+    "modules.json",
+    "adapter_config.json",
+    "config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +48,16 @@ class Repository:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What a model gets. `choose_*` filled it in; `burnish doctor` prints it; loading carries it out."""
+    """What a model gets. `decide` filled it in; `burnish doctor` prints it; loading carries it out.
+
+    It is a fact about a config on a device, so copies share it, and a pickled one is decided afresh where it is read:
+    another process finds the same plugins on its own.
+    """
 
     options: LoadOptions
+    config: PretrainedConfig
+    device: str
+    base: str | None
     machine: Machine
     registry: Registry
     family: FamilyChoice
@@ -55,8 +68,16 @@ class Decision:
     packed_reason: str
     notes: tuple[str, ...] = field(default=())
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Decision:
+        return self
 
-def read_repository(name: str, *, config_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False, **hub: Any) -> Repository:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return decide, (self.options, self.config, self.device, self.base)
+
+
+def read_repository(
+    name: str, *, config_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False, **hub: Any
+) -> Repository:
     """Find a repository's files and read its config, from a folder, the cache or the Hub. No weights.
 
     Args:
@@ -73,69 +94,112 @@ def read_repository(name: str, *, config_kwargs: Mapping[str, Any] | None = None
 
     found = {file: path for file in PROBED if (path := load_file_path(name, file, **hub)) is not None}
     base: str | None = None
-    source, keywords = name, {**hub, "cache_dir": hub.get("cache_folder")}
+    source, keywords = name, {**hub, "cache_dir": hub.get("cache_folder"), **_subfolder(found)}
     keywords.pop("cache_folder", None)
     if "adapter_config.json" in found and "config.json" not in found:
-        base = source = json.loads(Path(found["adapter_config.json"]).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = source = json.loads(Path(found["adapter_config.json"]).read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
         keywords["revision"] = None  # a revision names a commit of the adapter's repository, not of its base
+    keywords |= {"trust_remote_code": trust_remote_code, **dict(config_kwargs or {})}
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **{**keywords, **dict(config_kwargs or {})})
+        config = AutoConfig.from_pretrained(source, **keywords)
     except (OSError, ValueError) as error:
         owner = f"adapter {name}, base model {base}" if base else f"model {name}"
         fix = "Check the name or path, and the connection if it is on the Hub"
-        raise ModelError(f"no usable config.json ({_first_line(error)})", where=owner, fix=fix) from error
+        raise ModelError(f"no usable config.json ({first_line(error)})", where=owner, fix=fix) from error
     return Repository(name=name, files=frozenset(found), config=config, base=base)
 
 
-def _first_line(error: Exception) -> str:
+def has_transformer(name: str, **hub: Any) -> bool:
+    """Whether the repository's first module is a transformer; a static embedding or a custom module has no config."""
+    from sentence_transformers.util import load_file_path
+
+    path = load_file_path(name, "modules.json", **hub)
+    return path is None or str(_first_module(path)["type"]).rpartition(".")[2] == "Transformer"
+
+
+def _first_module(modules_json: str) -> dict[str, Any]:
+    first: dict[str, Any] = json.loads(Path(modules_json).read_text(encoding="utf-8"))[0]
+    return first
+
+
+def _subfolder(found: Mapping[str, str]) -> dict[str, str]:
+    """Where the transformer lies: at the root, or in the folder that `modules.json` gives its first module."""
+    if "modules.json" not in found or "config.json" in found or "adapter_config.json" in found:
+        return {}
+    return {"subfolder": str(_first_module(found["modules.json"]).get("path", ""))}
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, up to its first line break."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def decide(options: LoadOptions, config: PretrainedConfig, device: str, *, base: str | None = None) -> Decision:
+def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: str | None = None) -> Decision:
     """Choose family, dtype, backend and input layout for a model with this config on this device.
+
+    Args:
+        options: What was asked for.
+        config: The transformer's config.
+        device: Where the model goes, such as "cpu" or "cuda:1".
+        base: The base model's name if the repository holds an adapter.
 
     Raises:
         PluginError, ConfigError, ModelError: Where something asked for cannot be had; see `selection` and `precision`.
     """
+    options = options.resolved(base)
     if base and options.purpose == "full":
-        raise ConfigError("the folder holds an adapter", where="full_finetuning", fix="Merge it first (save_pretrained_merged), or train the adapter on")
+        fix = "Merge it first (save_pretrained_merged), or train the adapter on"
+        raise ConfigError("the folder holds an adapter", where="full_finetuning", fix=fix)
     machine = describe(device)
     plugins = registry(options.plugins)
     family = choose_family(plugins, config)
     backend = choose_backend(plugins, machine, options.backend)
     attention = choose_kernel(plugins, machine, "packed_attention")
     packed, reason = _packing(options, family.family, attention, machine)
+    offset = family.family.packing.position_offset if family.family.packing else 0
+    if options.max_seq_length is not None:
+        check_length(options.max_seq_length, config, offset)
+    precision = choose_precision(options, family.family.precision, machine, checkpoint=config.dtype)
     return Decision(
-        options=options, machine=machine, registry=plugins, family=family, backend=backend, attention=attention,
-        precision=choose_precision(options, family.family.precision, machine), packed=packed, packed_reason=reason,
-        notes=_length_notes(options, config, family.family),
+        options=options, config=config, device=device, base=base, machine=machine, registry=plugins, family=family,
+        precision=precision, backend=backend, attention=attention, packed=packed, packed_reason=reason,
     )  # fmt: skip
 
 
-def _packing(options: LoadOptions, family: Family, attention: KernelChoice | None, machine: Machine) -> tuple[bool, str]:
+def _packing(
+    options: LoadOptions, family: Family, attention: KernelChoice | None, machine: Machine
+) -> tuple[bool, str]:
     if options.purpose == "inference":
         return False, "inference: stock modules"
     if options.packed is False:
         return False, "asked for"
+    if options.attention is not None:
+        return False, f"model_kwargs asks for the attention {options.attention}"
     obstacle = None
     if family.packing is None:
         obstacle = f"family {family.name} does not say that packed input is exact"
     elif attention is None and family.packing.attention == "interface":
         obstacle = f"no enabled plugin has the operation packed_attention for {machine.device}"
     if obstacle and options.packed:
-        raise ConfigError(obstacle, where="packed=True", fix="Pass packed=None or packed=False: padded input is exact too, and slower")
+        fix = "Pass packed=None or packed=False: padded input is exact too, and slower"
+        raise ConfigError(obstacle, where="packed=True", fix=fix)
     if obstacle:
         return False, f"{obstacle}; every padding token is computed"
     name = attention.spec.name if attention else "the family's own patches"
     return True, f"no padding is computed; attention: {name}"
 
 
-def _length_notes(options: LoadOptions, config: PretrainedConfig, family: Family) -> tuple[str, ...]:
+def check_length(wanted: int, config: PretrainedConfig, offset: int) -> int:
+    """`wanted`, if the model has positions for that many tokens after the `offset` that it never uses.
+
+    Raises:
+        ConfigError: If it has not, or `wanted` is not positive.
+    """
     positions = getattr(config, "max_position_embeddings", None)
-    wanted = options.max_seq_length
-    if wanted is None or not isinstance(positions, int) or positions < 1:
-        return ()
-    room = positions - (family.packing.position_offset if family.packing else 0)
-    if wanted > room:
-        raise ConfigError(f"{wanted} is more than the {room} positions this {config.model_type} model has", where="max_seq_length", fix=f"Pass at most {room}")
-    return ()
+    room = positions - offset if isinstance(positions, int) and positions > 0 else None
+    if wanted < 1 or (room is not None and wanted > room):
+        what = f"{wanted} is not between 1 and the {room or 'unlimited'} positions of this {config.model_type} model"
+        raise ConfigError(what, where="max_seq_length", fix="Leave it out to keep the model's own")
+    return wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,6 @@ from .packing import PackedInput, pack_inputs, register_attention
 from .patching import Claim, PatchPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
 
@@ -224,9 +222,20 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         """Go back to stock modules and padded input: what `for_inference=True` loads."""
         if self.burnish is not None:
             self.burnish.plan.undo()
-            if self.burnish.packed is not None:
-                self.burnish.packed.undo()
-                self.burnish.packed = None
+            self.pad_inputs("patches undone")
+
+    def pad_inputs(self, reason: str) -> None:
+        """Go back to padded input and stock attention; patches stay."""
+        if self.burnish is not None and self.burnish.packed is not None:
+            self.burnish.packed.undo()
+            self.burnish.packed = None
+            self.burnish.decision = replace(self.burnish.decision, packed=False, packed_reason=reason)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # The process that unpickles may not have met this model's attention yet: transformers finds it by name.
+        if self.burnish is not None and self.burnish.packed is not None:
+            _attention_name(self.burnish.decision)
 
 
 def _script_options(model_kwargs: Mapping[str, Any] | None) -> LoadOptions:
@@ -254,9 +263,14 @@ def _pack(module: Transformer, decision: Decision) -> PackedInput | None:
     packing = decision.family.family.packing
     if not decision.packed or packing is None:
         return None
-    operation: Callable[..., Any] | None = decision.attention.spec.load() if decision.attention else None
-    name = register_attention(decision.attention.spec.name, operation) if decision.attention and operation else ""
-    return pack_inputs(module, packing, name)
+    return pack_inputs(module, packing, _attention_name(decision))
+
+
+def _attention_name(decision: Decision) -> str:
+    """The name under which transformers knows the chosen attention; made known if it is not yet."""
+    if decision.attention is None:
+        return ""
+    return register_attention(decision.attention.spec.name, decision.attention.spec.load())
 
 
 def _keep_float32(transformer: PreTrainedModel, suffixes: tuple[str, ...]) -> None:

@@ -25,6 +25,24 @@ if TYPE_CHECKING:
 # What a packed batch carries beside the token ids; the model hands these to its attention modules.
 PACKED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids"})
 
+# Losses of Sentence Transformers that read a batch of token ids as rows of texts, or hand it to a model that would.
+PADDED_LOSSES = {
+    "GISTEmbedLoss": "it hands the tokens to its guide model",
+    "CachedGISTEmbedLoss": "it hands the tokens to its guide model",
+    "ContrastiveTensionLoss": "it compares the texts' token ids row by row",
+    "ContrastiveTensionLossInBatchNegatives": "it compares the texts' token ids row by row",
+    "DenoisingAutoEncoderLoss": "it feeds the token ids to a decoder",
+}
+
+
+def needs_padding(loss: nn.Module) -> str | None:
+    """Why `loss`, or a loss inside it, must be given padded input; None if it takes packed input."""
+    for module in loss.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in PADDED_LOSSES:
+                return f"{kind.__name__}: {PADDED_LOSSES[kind.__name__]}"
+    return None
+
 
 def _attention(operation: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """An attention function for transformers: packed where the batch is, transformers' own where it is padded."""
@@ -45,7 +63,9 @@ def _attention(operation: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
         if bounds is None:
             if attention_mask is None and sliding_window is not None:
                 attention_mask = _window_mask(query.shape[2], sliding_window, causal, query.device)
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
         # (1, heads, tokens, size) to (tokens, heads, size) and back to (1, tokens, heads, size)
         out = operation(
             query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), bounds, int(kwargs["max_length_q"]),

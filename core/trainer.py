@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from .contracts import StepContext
 from .errors import ModelError
 from .model import Preparation, SentenceTransformer
+from .packing import needs_padding
 
 if TYPE_CHECKING:
     from .contracts import Step
@@ -29,7 +31,9 @@ class _Observers(TrainerCallback):
     def __init__(self, preparation: Preparation) -> None:
         self._hook = preparation.decision.registry.observers("step_finished")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **keywords: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **keywords: Any
+    ) -> None:
         self._hook(step=state.global_step, logs=dict(logs or {}))
 
 
@@ -52,8 +56,30 @@ class Trainer(StockTrainer):
         super().__init__(model, *args, **keywords)
         self._step: Step | None = None
         preparation = getattr(self.model, "burnish", None)
-        if preparation is not None and preparation.decision.registry.claimants("observer", "step_finished"):
+        if preparation is None:
+            return
+        self._fit_input(preparation)
+        if preparation.decision.registry.claimants("observer", "step_finished"):
             self.add_callback(_Observers(preparation))
+
+    def _fit_input(self, preparation: Preparation) -> None:
+        """Pad the input where packed input would be wrong, or refuse where it was asked for by name."""
+        if preparation.packed is None:
+            return
+        losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
+        reason = next((why for loss in losses if isinstance(loss, nn.Module) and (why := needs_padding(loss))), None)
+        if self.args.n_gpu > 1:
+            reason = "DataParallel cuts a batch into rows; start one process a GPU with torchrun"
+        if reason is None:
+            return
+        if preparation.decision.options.packed:
+            raise ModelError(
+                f"packed input cannot be used: {reason}",
+                where="Trainer",
+                fix="Load the model with packed=None or packed=False",
+            )
+        self.model.pad_inputs(reason)
+        print(f"burnish: input is padded for this run ({reason})", file=sys.stderr)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch through the backend; returns the detached loss, a scalar."""
@@ -67,7 +93,9 @@ class Trainer(StockTrainer):
         if preparation is None:  # a plain SentenceTransformer trains as Sentence Transformers would train it
             return eager
         decision = preparation.decision
-        context = StepContext(model=self.model, family=decision.family.family, machine=decision.machine, arguments=self.args, eager=eager)
+        context = StepContext(
+            model=self.model, family=decision.family.family, machine=decision.machine, arguments=self.args, eager=eager
+        )
         step: Step = decision.backend.spec.build_step(context)
         return step
 
@@ -75,16 +103,26 @@ class Trainer(StockTrainer):
 def _check_trainable(model: nn.Module) -> None:
     preparation = getattr(model, "burnish", None)
     if preparation is not None and preparation.decision.options.purpose == "inference":
-        raise ModelError("this model was loaded with for_inference=True", where="Trainer", fix="Load it without for_inference")
+        raise ModelError(
+            "this model was loaded with for_inference=True", where="Trainer", fix="Load it without for_inference"
+        )
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
-        raise ModelError("no weight of this model is trainable", where="Trainer", fix="Call FastSentenceTransformer.get_peft_model, or load with full_finetuning=True")
+        raise ModelError(
+            "no weight of this model is trainable",
+            where="Trainer",
+            fix="Call FastSentenceTransformer.get_peft_model, or load with full_finetuning=True",
+        )
     if preparation is None or preparation.decision.options.purpose != "adapters":
         return
     halves = [name for name, parameter in trained if parameter.dtype in (torch.float16, torch.bfloat16)]
     if halves:
         what = f"{len(halves)} weights would train in half precision (the first is {halves[0]})"
-        raise ModelError(what, where="Trainer", fix="Call FastSentenceTransformer.get_peft_model, or load with full_finetuning=True for float32 masters")
+        raise ModelError(
+            what,
+            where="Trainer",
+            fix="Call FastSentenceTransformer.get_peft_model, or load with full_finetuning=True for float32 masters",
+        )
 
 
 SentenceTransformerTrainer = Trainer
