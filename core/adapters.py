@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .contracts import LoraTargets
+from .contracts import Family, LoraTargets
 from .errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
     from .model import SentenceTransformer
 
 
-def add_lora(model: SentenceTransformer, *, random_state: int, target_modules: Any, lora: dict[str, Any]) -> list[str]:
-    """Inject a LoRA adapter into the model's transformer, in place.
+def add_lora(
+    transformer: PreTrainedModel, family: Family, *, random_state: int, target_modules: Any, lora: dict[str, Any]
+) -> list[str]:
+    """Inject a LoRA adapter, in place; if PEFT refuses it half-way, the transformer is as it was.
 
     Args:
-        model: A model loaded for adapters, without one yet.
+        transformer: From `check_adaptable`.
+        family: What its plugin says about it.
         random_state: Seed of the adapter's initial weights; the global generator is left as it was.
         target_modules: Module-path suffixes (or a regular expression, or "all-linear"); None means the family's.
         lora: What goes to `peft.LoraConfig` as it is.
@@ -30,28 +35,36 @@ def add_lora(model: SentenceTransformer, *, random_state: int, target_modules: A
         What was decided on the user's behalf, one line each.
 
     Raises:
-        ModelError: If the model cannot take an adapter now.
         ConfigError: If a target names no module, or PEFT refuses a setting.
     """
     from peft import LoraConfig
 
-    transformer = _check_ready(model)
-    assert model.burnish is not None
-    family = model.burnish.decision.family.family
     targets, excluded, notes = _targets(transformer, family.lora, target_modules)
+    _check_saved_modules(transformer, lora.get("modules_to_save"))
     settings = {"task_type": "FEATURE_EXTRACTION", **{key: value for key, value in lora.items() if value is not None}}
+    settings |= _initialisation(settings)
+    trainable = [parameter.requires_grad for parameter in transformer.parameters()]
     try:
         config = LoraConfig(target_modules=targets, exclude_modules=excluded or None, **settings)
         with torch.random.fork_rng():
             torch.manual_seed(random_state)
             transformer.add_adapter(config)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"PEFT refuses the adapter: {error}", where="get_peft_model") from error
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        remove_adapter(transformer)
+        for parameter, before in zip(transformer.parameters(), trainable, strict=True):
+            parameter.requires_grad_(before)
+        what = str(error) or type(error).__name__
+        raise ConfigError(f"PEFT refuses the adapter: {what}", where="get_peft_model") from error
     float32_adapters(transformer)
-    return notes
+    return notes + _reading_note(config)
 
 
-def _check_ready(model: SentenceTransformer) -> PreTrainedModel:
+def check_adaptable(model: SentenceTransformer) -> PreTrainedModel:
+    """The model's transformer, if it can take an adapter now.
+
+    Raises:
+        ModelError: If it cannot.
+    """
     fix = "Load it with FastSentenceTransformer.from_pretrained(name)"
     if model.burnish is None or model.transformers_model is None:
         raise ModelError("this model was not loaded by Burnish", where="get_peft_model", fix=fix)
@@ -60,7 +73,9 @@ def _check_ready(model: SentenceTransformer) -> PreTrainedModel:
         flag = "full_finetuning=True" if purpose == "full" else "for_inference=True"
         raise ModelError(f"this model was loaded for {purpose}", where="get_peft_model", fix=f"{fix}, without {flag}")
     if getattr(model.transformers_model, "_hf_peft_config_loaded", False):
-        raise ModelError("this model has an adapter already", where="get_peft_model", fix="Train that one, or load the base model")
+        raise ModelError(
+            "this model has an adapter already", where="get_peft_model", fix="Train that one, or load the base model"
+        )
     return model.transformers_model
 
 
@@ -69,19 +84,88 @@ def _targets(transformer: PreTrainedModel, default: LoraTargets, asked: Any) -> 
     linear = [name for name, module in transformer.named_modules() if _is_linear(module)]
     dead = [name for name in linear if _named(name, default.exclude)]
     if isinstance(asked, str):  # PEFT's own forms: a regular expression over full names, or "all-linear"
+        everything = [name for name, _ in transformer.named_modules() if name]
         targets: Any = [name for name in linear if name not in dead] if asked == "all-linear" else asked
+        if asked != "all-linear" and not any(_matches(asked, name) for name in everything):
+            fix = f"It is a regular expression over full names. For layers by name pass a list: [{asked!r}]"
+            raise ConfigError(f"{asked!r} matches no module", where="target_modules", fix=fix)
         return targets, dead, _dead_note(dead)
     if asked is None:
         names: Sequence[str] = default.names or sorted({name.rsplit(".", 1)[-1] for name in linear if name not in dead})
     else:
         names = list(asked)
+        if not names:
+            raise ConfigError("the list is empty", where="target_modules", fix="Pass None for the family's layers")
     everything = [name for name, _ in transformer.named_modules()]
     for name in names:
         if not any(_named(full, (name,)) for full in everything):
             known = sorted({full.rsplit(".", 1)[-1] for full in linear})
-            raise ConfigError(f"no module is called {name!r}", where="target_modules", fix=f"Linear layers here: {', '.join(known)}")
+            raise ConfigError(
+                f"no module is called {name!r}", where="target_modules", fix=f"Linear layers here: {', '.join(known)}"
+            )
     hit = [name for name in dead if _named(name, names)]
     return list(names), hit, _dead_note(hit)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        fix = "Pass a list of names, or mend the expression"
+        raise ConfigError(f"{pattern!r} is no regular expression ({error})", where="target_modules", fix=fix) from error
+
+
+def _check_saved_modules(transformer: PreTrainedModel, names: Iterable[str] | None) -> None:
+    everything = [name for name, _ in transformer.named_modules() if name]
+    for name in names or ():
+        if not any(_named(full, (name,)) for full in everything):
+            known = sorted({full.rsplit(".", 1)[-1] for full in everything} - {str(index) for index in range(1000)})
+            fix = f"Modules here: {', '.join(known)}"
+            raise ConfigError(f"no module is called {name!r}", where="modules_to_save", fix=fix)
+
+
+def _initialisation(settings: dict[str, Any]) -> dict[str, Any]:
+    """`loftq_config` with its defaults, after refusing what would be ignored or needs more than weights."""
+    start, loftq = settings.get("init_lora_weights", True), settings.get("loftq_config")
+    # These start from the activations or gradients of a data set, which a call on a model alone does not have.
+    if start in ("eva", "corda", "lora_ga"):
+        fix = 'Pass True, False, "gaussian", "pissa", "olora", "orthogonal" or "loftq"'
+        raise ConfigError(f"{start!r} needs a pass over data", where="init_lora_weights", fix=fix)
+    if loftq and start != "loftq":
+        fix = 'Pass init_lora_weights="loftq" too, or drop loftq_config'
+        raise ConfigError("it acts only on LoftQ's initialisation", where="loftq_config", fix=fix)
+    if start != "loftq":
+        return {}
+    if odd := sorted(set(loftq or ()) - {"loftq_bits", "loftq_iter"}):
+        raise ConfigError(f"{odd[0]!r} is unknown", where="loftq_config", fix="It takes loftq_bits and loftq_iter")
+    return {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1, **(loftq or {})}}
+
+
+def _reading_note(config: Any) -> list[str]:
+    """What plain Sentence Transformers cannot read back from a saved adapter with the transformers installed here."""
+    import transformers
+    from packaging.version import Version
+
+    if config.modules_to_save and Version(transformers.__version__) < Version("5.18"):
+        what = f"transformers {transformers.__version__} does not read modules_to_save back from an adapter folder"
+        return [f"{what}: Burnish does, transformers 5.18 does, and a merged folder needs neither"]
+    return []
+
+
+def remove_adapter(transformer: PreTrainedModel) -> None:
+    """Take every adapter layer out again, also after an injection that broke off half-way."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for path, module in list(transformer.named_modules()):
+        owner, _, leaf = path.rpartition(".")
+        if isinstance(module, BaseTunerLayer):
+            setattr(transformer.get_submodule(owner), leaf, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            setattr(transformer.get_submodule(owner), leaf, module.original_module)
+    transformer._hf_peft_config_loaded = False
+    if hasattr(transformer, "peft_config"):
+        del transformer.peft_config
 
 
 def lora_layers(transformer: nn.Module, default: LoraTargets) -> tuple[list[str], list[str]]:
@@ -102,6 +186,61 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _named(full: str, suffixes: Iterable[str]) -> bool:
     return any(full == suffix or full.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def wake_adapters(transformer: PreTrainedModel) -> None:
+    """Make a loaded adapter trainable as it was: PEFT loads it frozen, and a run on it would train nothing."""
+    if not getattr(transformer, "_hf_peft_config_loaded", False):
+        return
+    active = transformer.active_adapters()
+    transformer.set_adapter(active)
+    bias = getattr(transformer.peft_config[active[0]], "bias", "none")
+    for name, parameter in transformer.named_parameters():
+        if name.endswith("bias") and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
+            parameter.requires_grad_(True)
+    float32_adapters(transformer)
+
+
+def read_adapter(transformer: PreTrainedModel, name: str, **hub: Any) -> None:
+    """Load an adapter's weights again through PEFT, whose reader knows what transformers' own leaves out.
+
+    transformers 5.17 to 5.23 miss the magnitudes of DoRA, and 5.17 misses `modules_to_save`; both log it and go on with
+    fresh values.
+
+    Raises:
+        ModelError: If the file and the adapter do not fit each other.
+    """
+    config = transformer.peft_config[transformer.active_adapters()[0]]
+    if not (getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None)):
+        return
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    known = {key: value for key, value in hub.items() if value is not None}
+    weights = load_peft_weights(name, device="cpu", **known)
+    bare = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+    try:
+        outcome: Any = set_peft_model_state_dict(transformer, bare)
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(f"its weights do not fit ({error})", where=f"adapter {name}", fix="Save it again") from error
+    if outcome.unexpected_keys:
+        what = f"its weight {outcome.unexpected_keys[0]} fits no module"
+        raise ModelError(what, where=f"adapter {name}", fix="Save it again")
+
+
+def mend_saved(folder: Path) -> None:
+    """Name DoRA's magnitudes in a saved adapter so that transformers finds them: "…magnitude_vector.weight".
+
+    PEFT writes them without the ending and takes both; transformers inserts the adapter's name before the ending.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        return
+    weights = load_file(path)
+    named = {f"{key}.weight" if key.endswith("lora_magnitude_vector") else key: weights[key] for key in weights}
+    if named.keys() != weights.keys():
+        save_file(named, path, metadata={"format": "pt"})
 
 
 def float32_adapters(transformer: PreTrainedModel) -> None:

@@ -23,9 +23,7 @@ def enable_checkpointing(model: PreTrainedModel, option: Checkpointing, family: 
     """
     if option is False:
         return "off"
-    if not getattr(model, "supports_gradient_checkpointing", False) and family.checkpointing is None:
-        what = f"transformers has no gradient checkpointing for {type(model).__name__}, and family {family.name} brings none"
-        raise ModelError(what, where="use_gradient_checkpointing", fix="Pass use_gradient_checkpointing=False")
+    check_checkpointing(model, family)
     on_host = model.device.type == "cpu"
     keywords: dict[str, Any] = {"offload": True} if option == "offload" and not on_host else {}
     # transformers 5.18 renamed the method; the old name warns there and the new one is missing before.
@@ -34,3 +32,22 @@ def enable_checkpointing(model: PreTrainedModel, option: Checkpointing, family: 
     if option == "offload":
         return "every layer (offload has nothing to do on a CPU)" if on_host else "every layer, kept in host memory"
     return "every layer"
+
+
+def check_checkpointing(model: PreTrainedModel, family: Family, where: str = "use_gradient_checkpointing") -> None:
+    """Refuse what Sentence Transformers would leave out with a line in the log.
+
+    Raises:
+        ModelError: If neither transformers nor the family has checkpointing for this architecture.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False) and family.checkpointing is None:
+        name = type(model).__name__
+        what = f"transformers has no gradient checkpointing for {name}, and family {family.name} brings none"
+        raise ModelError(what, where=where, fix=f"Pass {where}=False")
+
+
+def disable_checkpointing(model: PreTrainedModel) -> str:
+    """Switch checkpointing off; returns "off"."""
+    if model.supports_gradient_checkpointing:
+        model._set_gradient_checkpointing(enable=False)
+    return "off"

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .adapters import add_lora
-from .checkpointing import enable_checkpointing
-from .errors import ConfigError
+from .adapters import add_lora, check_adaptable
+from .checkpointing import disable_checkpointing, enable_checkpointing
+from .errors import ConfigError, ModelError
+from .loading import first_line
 from .model import SentenceTransformer
-from .options import LoadOptions, checkpointing_option, dtype_of, model_kwargs_dtype, one_of, purpose_of, quantization_of
+from .options import (
+    LoadOptions,
+    checkpointing_option,
+    dtype_of,
+    model_kwargs_dtype,
+    one_of,
+    purpose_of,
+    quantization_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +72,9 @@ class FastSentenceTransformer:
         Args:
             model_name: Hub id or folder.
             max_seq_length: Longest text in tokens; at most the model's positions. None keeps the model's own.
-            dtype: float32, bfloat16 or float16. None: float32 masters for full fine-tuning; under adapters bfloat16 on
-                an accelerator that has it if the family allows it, else float32; on a CPU float32.
+            dtype: float32, bfloat16, float16, or "auto" for the checkpoint's own. None: float32 masters for full
+                fine-tuning; under adapters bfloat16 on an accelerator that has it if the family allows it, else
+                float32; on a CPU float32.
             load_in_4bit: Store the frozen base as NF4 with double quantisation (CUDA and bitsandbytes).
             load_in_8bit: Store the frozen base in 8 bits (CUDA and bitsandbytes).
             load_in_16bit: True for a 16-bit base, False for float32, None for the policy of `dtype=None`.
@@ -100,25 +111,29 @@ class FastSentenceTransformer:
         """
         import torch
 
-        if device is not None and device_map is not None:
-            raise ConfigError("both are given", where="device, device_map", fix="Pass one of them")
         given = dict(model_kwargs or {})
-        wanted = dtype_of(one_of("dtype", dtype, "model_kwargs['dtype']", model_kwargs_dtype(given)))
-        if device_map is not None:
-            given["device_map"] = device_map
+        placement = one_of("device_map", device_map, "model_kwargs['device_map']", given.pop("device_map", None))
+        if device is not None and placement is not None:
+            raise ConfigError("both are given", where="device, device_map", fix="Pass one of them")
+        if placement is not None:
+            given["device_map"] = placement
         options = LoadOptions(
             purpose=purpose_of(full_finetuning=full_finetuning, for_inference=for_inference),
-            dtype=wanted,
-            quantization=quantization_of(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit),
+            dtype=one_of("dtype", dtype_of(dtype), "model_kwargs['dtype']", model_kwargs_dtype(given)),
+            quantization=quantization_of(
+                load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit
+            ),
             sixteen_bit=load_in_16bit,
             pooling_mode=pooling_mode,
             checkpointing=checkpointing_option(use_gradient_checkpointing),
             backend=backend,
-            plugins=None if plugins is None else tuple(plugins) if not isinstance(plugins, str) else (plugins,),
+            plugins=None if plugins is None else (plugins,) if isinstance(plugins, str) else tuple(plugins),
             packed=packed,
             max_seq_length=max_seq_length,
+            attention=given.get("attn_implementation"),
         )
-        with torch.random.fork_rng():
+        processor = one_of("processor_kwargs", processor_kwargs, "tokenizer_kwargs", tokenizer_kwargs)
+        with torch.random.fork_rng(), _plain_errors(model_name):
             torch.manual_seed(random_state)
             return SentenceTransformer(
                 model_name,
@@ -131,10 +146,10 @@ class FastSentenceTransformer:
                 cache_folder=one_of("cache_folder", cache_folder, "cache_dir", cache_dir),
                 truncate_dim=truncate_dim,
                 prompts=None if prompts is None else dict(prompts),
-                similarity_fn_name=similarity_fn_name,
+                similarity_fn_name=_similarity(similarity_fn_name),
                 model_card_data=model_card_data,
                 model_kwargs=given,
-                processor_kwargs=dict(one_of("processor_kwargs", processor_kwargs, "tokenizer_kwargs", tokenizer_kwargs) or {}),
+                processor_kwargs=dict(processor or {}),
                 config_kwargs=dict(config_kwargs or {}),
             )
 
@@ -183,32 +198,55 @@ class FastSentenceTransformer:
             ConfigError: If a target names no module, or PEFT refuses a setting.
             ModelError: If the model cannot take an adapter.
         """
-        lora = {
-            "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": bias, "use_rslora": use_rslora, "use_dora": use_dora,
-            "modules_to_save": None if modules_to_save is None else list(modules_to_save), "layers_to_transform": layers_to_transform,
-            "init_lora_weights": init_lora_weights, "loftq_config": dict(loftq_config) if loftq_config else None,
-            "layers_pattern": layers_pattern, "task_type": task_type,
-        }  # fmt: skip
-        notes = add_lora(model, random_state=random_state, target_modules=target_modules, lora=lora)
-        assert model.burnish is not None and model.transformers_model is not None
+        option = None if use_gradient_checkpointing is _KEEP else checkpointing_option(use_gradient_checkpointing)
+        transformer = check_adaptable(model)
+        assert model.burnish is not None
+        family = model.burnish.decision.family.family
         if max_seq_length is not None:
-            model.max_seq_length = _checked_length(model, max_seq_length)
-        if use_gradient_checkpointing is not _KEEP:
-            option = checkpointing_option(use_gradient_checkpointing)
-            if option is False:
-                model.transformers_model.gradient_checkpointing_disable()
-            family = model.burnish.decision.family.family
-            model.burnish.checkpointing = enable_checkpointing(model.transformers_model, option, family)
+            model.set_max_seq_length(max_seq_length)
+        if option is not None:
+            disable_checkpointing(transformer)
+            model.burnish.checkpointing = enable_checkpointing(transformer, option, family)
+        lora = {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "bias": bias,
+            "use_rslora": use_rslora,
+            "use_dora": use_dora,
+            "modules_to_save": None if modules_to_save is None else list(modules_to_save),
+            "layers_to_transform": layers_to_transform,
+            "init_lora_weights": init_lora_weights,
+            "loftq_config": dict(loftq_config) if loftq_config else None,
+            "layers_pattern": layers_pattern,
+            "task_type": task_type,
+        }
+        notes = add_lora(transformer, family, random_state=random_state, target_modules=target_modules, lora=lora)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         total = sum(parameter.numel() for parameter in model.parameters())
-        lines = [f"adapter on {total / 1e6:.1f}M weights: {trained / 1e6:.2f}M to train ({trained / total:.2%})", *notes]
+        lines = [
+            f"adapter on {total / 1e6:.1f}M weights: {trained / 1e6:.2f}M to train ({trained / total:.2%})",
+            *notes,
+        ]
         if not model.burnish.decision.options.quiet:
             print("\n".join(f"burnish: {line}" for line in lines), file=sys.stderr)
         return model
 
 
-def _checked_length(model: SentenceTransformer, wanted: int) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if wanted < 1 or (isinstance(positions, int) and 0 < positions < wanted):
-        raise ConfigError(f"{wanted} is not between 1 and the model's {positions} positions", where="max_seq_length", fix="Leave it out to keep the model's own")
-    return wanted
+def _similarity(name: str | None) -> str | None:
+    from sentence_transformers import SentenceTransformer as Stock
+
+    known = Stock.SUPPORTED_SIMILARITY_FN_NAMES
+    if name is not None and str(getattr(name, "value", name)) not in known:
+        raise ConfigError(f"{name!r} is unknown", where="similarity_fn_name", fix=f"Pass one of {', '.join(known)}")
+    return name
+
+
+@contextmanager
+def _plain_errors(model_name: str) -> Iterator[None]:
+    """Say in one line what the Hub, the disk or Sentence Transformers could not find."""
+    try:
+        yield
+    except OSError as error:
+        fix = "Check the name or path, and the connection and token if it is on the Hub"
+        raise ModelError(f"cannot be loaded ({first_line(error)})", where=f"model {model_name}", fix=fix) from error

@@ -1,10 +1,10 @@
-"""Everything that is decided about a model before a weight is read: family, dtype, backend, operations, with reasons."""
+"""All that is decided about a model before a weight is read: family, dtype, backend, operations, with reasons."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from .registry import Registry, registry
 from .selection import BackendChoice, FamilyChoice, KernelChoice, choose_backend, choose_family, choose_kernel
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 # The files whose presence decides how a repository is read.
@@ -72,7 +73,8 @@ class Decision:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return decide, (self.options, self.config, self.device, self.base)
+        made = {"precision": self.precision, "packed": self.packed, "packed_reason": self.packed_reason}
+        return _decide_again, (self.options, self.config, self.device, self.base, made)
 
 
 def read_repository(
@@ -161,11 +163,25 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
     offset = family.family.packing.position_offset if family.family.packing else 0
     if options.max_seq_length is not None:
         check_length(options.max_seq_length, config, offset)
-    precision = choose_precision(options, family.family.precision, machine, checkpoint=config.dtype)
+    precision = choose_precision(options, family.family.precision, machine, checkpoint=_config_dtype(config))
     return Decision(
         options=options, config=config, device=device, base=base, machine=machine, registry=plugins, family=family,
         precision=precision, backend=backend, attention=attention, packed=packed, packed_reason=reason,
     )  # fmt: skip
+
+
+def _config_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    import torch
+
+    named = config.dtype
+    return getattr(torch, named.removeprefix("torch.")) if isinstance(named, str) else named
+
+
+def _decide_again(
+    options: LoadOptions, config: PretrainedConfig, device: str, base: str | None, made: dict[str, Any]
+) -> Decision:
+    """A pickled decision in the process that reads it; `made` is what has become of the model since."""
+    return replace(decide(options, config, device, base), **made)
 
 
 def _packing(

@@ -16,16 +16,19 @@ from sentence_transformers.sentence_transformer.modules import Pooling as Poolin
 from torch import nn
 
 from . import saving
+from .adapters import mend_saved, read_adapter, wake_adapters
 from .checkpointing import enable_checkpointing
-from .contracts import Pooling
 from .errors import ConfigError
 from .files import atomic_folder
-from .loading import Decision, Repository, decide, read_repository
-from .options import LoadOptions, dtype_of, model_kwargs_dtype
+from .loading import Decision, Repository, check_length, decide, has_transformer, read_repository
+from .options import LoadOptions, model_kwargs_dtype
 from .packing import PackedInput, pack_inputs, register_attention
 from .patching import Claim, PatchPlan
+from .precision import PrecisionChoice
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from transformers import PreTrainedModel
 
 
@@ -59,6 +62,7 @@ class Preparation:
             ("backend", f"{backend.spec.name} ({backend.reason})"),
             ("patches", f"{applied} applied, {len(self.plan.entries) - applied} not" if self.plan.entries else "none"),
             ("checkpoints", self.checkpointing),
+            *(("left to gain", line) for line in family.family.leaves),
         ]
 
     def __str__(self) -> str:
@@ -76,8 +80,14 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
     """
 
     burnish: Preparation | None = None
+    _options: LoadOptions
+    _asked_device: str
+    _pooling_source: str
+    _pending: tuple[Repository, Decision] | None
 
-    def __init__(self, model_name_or_path: str | None = None, *, options: LoadOptions | None = None, **keywords: Any) -> None:
+    def __init__(
+        self, model_name_or_path: str | None = None, *, options: LoadOptions | None = None, **keywords: Any
+    ) -> None:
         # Set around nn.Module's own bookkeeping, which is not there before its __init__ has run.
         object.__setattr__(self, "_options", options or _script_options(keywords.get("model_kwargs")))
         object.__setattr__(self, "_pending", None)
@@ -85,73 +95,105 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         if keywords.get("backend", "torch") != "torch":
             fix = "Load it with sentence_transformers.SentenceTransformer, which runs that backend"
             raise ConfigError(f"{keywords['backend']!r} is for inference only", where="backend", fix=fix)
-        self._asked_device = keywords.get("device")
+        placement = (keywords.get("model_kwargs") or {}).get("device_map")
+        object.__setattr__(self, "_asked_device", _device_name(keywords.get("device"), placement))
         super().__init__(model_name_or_path, **keywords)
         self._prepare()
+
+    def read_checkpoint(self, folder: str | Path) -> Mapping[str, torch.Tensor]:
+        """The state dict of a checkpoint of this model, adapter weights under the names they have here."""
+        classes = {f"{type(module).__module__}.{type(module).__name__}": type(module) for module in self.modules()}
+        options = LoadOptions(purpose="script", packed=False, plugins=self._options.plugins, quiet=True)
+        read = type(self)._load_with_module_classes(
+            str(folder), classes, options=options, device="cpu", trust_remote_code=self.trust_remote_code
+        )
+        return read.state_dict()
+
+    @classmethod
+    def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **keywords: Any) -> Self:
+        # How Sentence Transformers' trainer reads a checkpoint back: nothing of it reaches the user but its weights.
+        keywords.setdefault("options", LoadOptions(purpose="script", quiet=True))
+        return super()._load_with_module_classes(model_name_or_path, module_classes, **keywords)
 
     # Sentence Transformers calls the two methods below while it loads: before any weight is read, with the repository's
     # name, revision and token already worked out.
 
     def _load_modules(self, model_name_or_path: str, *args: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
         hub = {key: keywords.get(key) for key in ("token", "cache_folder", "revision", "local_files_only")}
+        if not has_transformer(model_name_or_path, **hub):
+            loaded: tuple[Any, dict[str, Any]] = super()._load_modules(model_name_or_path, *args, **keywords)
+            return loaded
         trust = bool(keywords.get("trust_remote_code"))
         repository = read_repository(
             model_name_or_path, config_kwargs=keywords.get("config_kwargs"), trust_remote_code=trust, **hub
         )
-        decision = decide(self._options, repository.config, _device_name(self._asked_device), base=repository.base)
+        decision = decide(self._options, repository.config, self._asked_device, repository.base)
         self._pending = (repository, decision)
         self._pooling_source = "modules.json"
         if self._options.pooling_mode is not None and "modules.json" in repository.files:
             fix = "Drop pooling_mode, or load the bare transformer"
             raise ConfigError("the repository's modules.json says how it is pooled", where="pooling_mode", fix=fix)
-        given = dict(keywords.get("model_kwargs") or {})
-        given.pop("torch_dtype", None)
-        if decision.precision.dtype is not None:
-            given["dtype"] = decision.precision.dtype
-        if decision.precision.quantization_config is not None:
-            given["quantization_config"] = decision.precision.quantization_config
-        keywords["model_kwargs"] = given
+        keywords["model_kwargs"] = _with_precision(keywords.get("model_kwargs"), decision)
         modules: tuple[Any, dict[str, Any]] = super()._load_modules(model_name_or_path, *args, **keywords)
+        if repository.base is not None and decision.options.purpose != "inference":
+            first = modules[0][0] if isinstance(modules[0], list) else next(iter(modules[0].values()))
+            hub["cache_dir"] = hub.pop("cache_folder")
+            read_adapter(first.model, model_name_or_path, **hub)
         return modules
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
         modules, module_kwargs = super()._load_default_modules(model_name_or_path, *args, **keywords)
-        if self._pending is None or self._options.purpose == "inference" or len(modules) < 2:
+        stock = self._options.purpose == "inference" and self._options.pooling_mode is None
+        if self._pending is None or stock or len(modules) < 2:
             return modules, module_kwargs
         repository, decision = self._pending
         family = decision.family.family
         rule = family.default_pooling(repository.config, repository.files)
         if self._options.pooling_mode is not None:
-            rule = Pooling(mode=self._options.pooling_mode, normalize=rule.normalize)  # type: ignore[arg-type]
+            rule = replace(rule, mode=self._options.pooling_mode)  # type: ignore[arg-type]
         asked = "asked for" if self._options.pooling_mode else f"default of family {family.name}"
         self._pooling_source = f"{asked}, no modules.json"
-        width = modules[0].get_embedding_dimension()
-        pooled: list[nn.Module] = [modules[0], PoolingModule(width, rule.mode, include_prompt=rule.include_prompt)]
+        first: Any = next(iter(modules.values())) if isinstance(modules, OrderedDict) else modules[0]
+        width = first.get_embedding_dimension()
+        pooled: list[nn.Module] = [first, PoolingModule(width, rule.mode, include_prompt=rule.include_prompt)]
         return [*pooled, Normalize()] if rule.normalize else pooled, module_kwargs
 
     def _prepare(self) -> None:
-        options: LoadOptions = self._options
+        if self.truncate_dim is not None:
+            _check_width(self.truncate_dim, self.get_embedding_dimension())
         if not isinstance(self[0], Transformer) or self.transformers_model is None:
             return  # a static or custom first module: nothing here to choose, patch or pack
         if self._pending is None:
-            decision = decide(options, self.transformers_model.config, _device_name(self.device))
+            decision = decide(self._options, self.transformers_model.config, str(self.device))
+            given = PrecisionChoice(dtype=self.transformers_model.dtype, reason="as the modules came")
+            decision = replace(decision, precision=given)
         else:
             decision = self._pending[1]
         self._pending = None
+        options = decision.options
         if options.max_seq_length is not None:
-            self.max_seq_length = options.max_seq_length
+            self.set_max_seq_length(options.max_seq_length)
         plan, packed, checkpointing = PatchPlan(()), None, "off"
         if options.purpose != "inference":
             plan = _patch(self.transformers_model, decision, bool(options.checkpointing))
             packed = _pack(self[0], decision)
             checkpointing = enable_checkpointing(self.transformers_model, options.checkpointing, decision.family.family)
             _keep_float32(self.transformers_model, decision.family.family.precision.keep_float32)
-            _wake_adapters(self.transformers_model)
+            wake_adapters(self.transformers_model)
         self.burnish = Preparation(decision, plan, packed, _describe_pooling(self, self._pooling_source), checkpointing)
         if options.purpose != "inference":
             decision.registry.observers("model_loaded")(model=self)
             if not options.quiet:
                 print(f"burnish: {_short_name(self)} is ready to train\n{self.burnish}", file=sys.stderr)
+
+    def set_max_seq_length(self, tokens: int) -> None:
+        """Cut texts after `tokens` tokens.
+
+        Raises:
+            ConfigError: If the model has fewer positions than that.
+        """
+        first: Any = self._first_module()
+        self.max_seq_length = check_length(tokens, first.config, first._infer_flatten_position_offset())
 
     def save(
         self,
@@ -172,7 +214,9 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             raise ConfigError("only safetensors are written", where="safe_serialization=False", fix="Drop it")
         with atomic_folder(Path(path)) as staging:
             super().save(str(staging), model_name, create_model_card, train_datasets)
-        self.model_card_data.save_dir = str(path)  # the card's assets go where the model went, not to the staging folder
+            mend_saved(staging)
+        # The card's assets go where the model went, not to the staging folder.
+        self.model_card_data.save_dir = str(path)
         if self.burnish is not None:
             self.burnish.decision.registry.observers("model_saved")(model=self, folder=Path(path))
 
@@ -232,21 +276,53 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             self.burnish.decision = replace(self.burnish.decision, packed=False, packed_reason=reason)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         # The process that unpickles may not have met this model's attention yet: transformers finds it by name.
         if self.burnish is not None and self.burnish.packed is not None:
             _attention_name(self.burnish.decision)
 
 
 def _script_options(model_kwargs: Mapping[str, Any] | None) -> LoadOptions:
-    given = model_kwargs_dtype(model_kwargs)
-    return LoadOptions(purpose="full", dtype=dtype_of(given) if given != "auto" else None)
+    attention = (model_kwargs or {}).get("attn_implementation")
+    return LoadOptions(purpose="script", dtype=model_kwargs_dtype(model_kwargs), attention=attention)
 
 
-def _device_name(device: Any) -> str:
+def _device_name(device: Any, placement: Any = None) -> str:
+    """Where the model goes: `device`, else the first place of accelerate's `placement`, else the best there is."""
     from sentence_transformers.util import get_device_name
 
-    return str(device) if device is not None else get_device_name()
+    if isinstance(placement, Mapping):
+        placement = next(iter(placement.values()), None)
+    if isinstance(placement, int):
+        placement = f"{get_device_name()}:{placement}"
+    if placement in (None, "auto", "balanced", "balanced_low_0", "sequential"):
+        placement = None
+    chosen = device if placement is None else placement
+    return str(chosen) if chosen is not None else str(get_device_name())
+
+
+def _with_precision(model_kwargs: Mapping[str, Any] | None, decision: Decision) -> dict[str, Any]:
+    """What goes to `AutoModel.from_pretrained`, with the chosen dtype and storage in it.
+
+    Raises:
+        ConfigError: If `model_kwargs` brings its own quantisation beside `load_in_4bit` or `load_in_8bit`.
+    """
+    given = dict(model_kwargs or {})
+    given.pop("torch_dtype", None)
+    if decision.precision.dtype is not None:
+        given["dtype"] = decision.precision.dtype
+    if decision.precision.quantization_config is not None:
+        if given.get("quantization_config") is not None:
+            where = f"model_kwargs['quantization_config'], load_in_{decision.options.quantization}"
+            raise ConfigError("both are given", where=where, fix="Pass one of them")
+        given["quantization_config"] = decision.precision.quantization_config
+    return given
+
+
+def _check_width(wanted: int, width: int | None) -> None:
+    if wanted < 1 or (width is not None and wanted > width):
+        what = f"{wanted} is not between 1 and the {width} dimensions of the embedding"
+        raise ConfigError(what, where="truncate_dim", fix="Leave it out to keep every dimension")
 
 
 def _patch(transformer: PreTrainedModel, decision: Decision, checkpointing: bool) -> PatchPlan:
@@ -277,15 +353,6 @@ def _keep_float32(transformer: PreTrainedModel, suffixes: tuple[str, ...]) -> No
     for name, module in transformer.named_modules():
         if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes):
             module.to(torch.float32)
-
-
-def _wake_adapters(transformer: PreTrainedModel) -> None:
-    """Make a loaded adapter trainable: PEFT loads it frozen, and a run on it would train nothing."""
-    if getattr(transformer, "_hf_peft_config_loaded", False):
-        from .adapters import float32_adapters
-
-        transformer.set_adapter(transformer.active_adapters())
-        float32_adapters(transformer)
 
 
 def _describe_pooling(model: SentenceTransformer, source: str) -> str:

@@ -2,7 +2,8 @@
 
 Sentence Transformers can already flatten a batch of texts into one row where FlashAttention is installed. Here the same
 path is opened for any device, with attention from the registry, for families that say it is exact. Two transformers
-registries get one new name each (`burnish_packed_…`); nothing of theirs is replaced, and only this model's config uses it.
+registries get one new name each (`burnish_packed_…`); nothing of theirs is replaced, and only this model's config names
+it.
 """
 
 from __future__ import annotations
@@ -67,10 +68,9 @@ def _attention(operation: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
         # (1, heads, tokens, size) to (tokens, heads, size) and back to (1, tokens, heads, size)
-        out = operation(
-            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), bounds, int(kwargs["max_length_q"]),
-            scale=scaling, dropout=dropout, causal=causal, window=sliding_window,
-        )  # fmt: skip
+        packed = [states[0].transpose(0, 1) for states in (query, key, value)]
+        settings: dict[str, Any] = {"scale": scaling, "dropout": dropout, "causal": causal, "window": sliding_window}
+        out = operation(*packed, bounds, int(kwargs["max_length_q"]), **settings)
         return out[None], None
 
     return forward
@@ -86,7 +86,7 @@ def _window_mask(length: int, window: int, causal: bool, device: torch.device) -
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """No mask for a packed (or full) batch, transformers' own for a padded one. Without this function registered,
     transformers would hand no mask at all to an attention it does not know, and padding would be attended to."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return None if attention_mask is None else sdpa_mask(*args, **{**kwargs, "attention_mask": attention_mask})
 
 
 def register_attention(name: str, operation: Callable[..., Tensor]) -> str:
@@ -127,9 +127,12 @@ def pack_inputs(module: Transformer, packing: Packing, attention: str) -> Packed
         module.model.set_attn_implementation(attention)
     if module.model_forward_params is not None:
         module.model_forward_params = module.model_forward_params | PACKED_KEYS
-    module.data_collator = DataCollatorWithFlattening(
-        return_seq_idx=False, return_flash_attn_kwargs=True, return_position_ids=True
-    )
+    flattening: dict[str, bool] = {
+        "return_seq_idx": False,
+        "return_flash_attn_kwargs": True,
+        "return_position_ids": True,
+    }
+    module.data_collator = DataCollatorWithFlattening(**flattening)  # type: ignore[no-untyped-call]
     module._flatten_position_offset = packing.position_offset
     module.can_flatten_inputs = True
     return before

@@ -22,53 +22,107 @@ class PrecisionChoice:
     quantization_config: Any = None
 
     def __str__(self) -> str:
-        name = "the checkpoint's dtype" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        name = "the checkpoint's dtype" if self.dtype is None else _name(self.dtype)
         return f"{name} ({self.reason})"
 
 
-def choose_precision(options: LoadOptions, policy: Precision, machine: Machine) -> PrecisionChoice:
+def is_bf16_supported() -> bool:
+    """Whether `bf16=True` trains on this machine's default device: CUDA from compute capability 8.0, or a CPU.
+
+    Older cards emulate bfloat16, at a cost that makes float16 the better choice.
+    """
+    import torch
+
+    return torch.cuda.get_device_capability() >= (8, 0) if torch.cuda.is_available() else True
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_precision(
+    options: LoadOptions, policy: Precision, machine: Machine, *, checkpoint: torch.dtype | None = None
+) -> PrecisionChoice:
     """The dtype for `options` under the family's policy on this machine.
 
     Full fine-tuning gets the policy's master dtype (float32): transformers would load a half-precision checkpoint as it
     is, and at a learning rate of 2e-5 bfloat16 masters do not move at all. Adapters get the best base dtype of the
     policy that the device has; a CPU gets float32, since bfloat16 is many times slower there.
 
+    Args:
+        options: What was asked for.
+        policy: What the family allows.
+        machine: What the device has.
+        checkpoint: The dtype that the repository's config names, for `dtype="auto"`; None if it names none.
+
     Raises:
         ModelError: If the policy refuses the dtype that was asked for.
-        ConfigError: If quantised storage cannot be had here.
+        ConfigError: If the settings contradict each other, or quantised storage cannot be had here.
     """
-    if options.purpose == "inference":
-        reason = "asked for" if options.dtype is not None else "inference, as Sentence Transformers loads it"
-        return PrecisionChoice(dtype=options.dtype, reason=reason)
-    choice = _float(options, policy, machine)
-    name = str(choice.dtype).removeprefix("torch.")
-    if name in policy.refused:
-        raise ModelError(f"this architecture must not run in {name}: {policy.refused[name]}", where="dtype", fix="Pass dtype=None for the family's policy")
+    _check_sixteen_bit(options, checkpoint)
+    choice = _asked(options, machine, policy, checkpoint) or _by_policy(options, policy, machine)
+    if choice.dtype is not None and (name := _name(choice.dtype)) in policy.refused:
+        what = f"this architecture must not run in {name}: {policy.refused[name]}"
+        raise ModelError(what, where="dtype", fix="Pass dtype=None for the family's policy")
     if options.quantization:
-        assert choice.dtype is not None
-        config = _quantization(options.quantization, choice.dtype, policy, machine)
-        return PrecisionChoice(dtype=choice.dtype, reason=f"{options.quantization} storage, {choice.reason}", quantization_config=config)
+        import torch
+
+        # A checkpoint that names no dtype is float32, as transformers' own default is.
+        config = _quantization(options.quantization, choice.dtype or torch.float32, policy, machine)
+        reason = f"{options.quantization} storage, {choice.reason}"
+        return PrecisionChoice(dtype=choice.dtype, reason=reason, quantization_config=config)
     return choice
 
 
-def _float(options: LoadOptions, policy: Precision, machine: Machine) -> PrecisionChoice:
+def _check_sixteen_bit(options: LoadOptions, checkpoint: torch.dtype | None) -> None:
     import torch
 
-    able = [name for name in policy.adapter_base if name in machine.dtypes and name not in policy.refused]
-    half = next((name for name in able if name != "float32"), None)
+    dtype = checkpoint if options.dtype == "auto" else options.dtype
+    if dtype is not None and options.sixteen_bit is not None and options.sixteen_bit != (dtype != torch.float32):
+        where = f"load_in_16bit={options.sixteen_bit}"
+        raise ConfigError(f"contradicts dtype={_name(dtype)}", where=where, fix="Pass one of them")
+
+
+def _half(policy: Precision, machine: Machine) -> str | None:
+    """The best 16-bit dtype that the policy allows and the device has."""
+    able = (name for name in policy.adapter_base if name in machine.dtypes and name not in policy.refused)
+    return next((name for name in able if name != "float32"), None)
+
+
+def _asked(
+    options: LoadOptions, machine: Machine, policy: Precision, checkpoint: torch.dtype | None
+) -> PrecisionChoice | None:
+    import torch
+
     if options.dtype is not None:
-        if options.sixteen_bit is not None and options.sixteen_bit != (options.dtype != torch.float32):
-            raise ConfigError(f"contradicts dtype={options.dtype}", where=f"load_in_16bit={options.sixteen_bit}", fix="Pass one of them")
-        warning = ", pure low-precision training: small updates round away" if options.purpose == "full" and options.dtype != torch.float32 else ""
-        return PrecisionChoice(dtype=options.dtype, reason=f"asked for{warning}")
+        dtype = checkpoint if options.dtype == "auto" else options.dtype
+        asked = "asked for as the checkpoint's own" if options.dtype == "auto" else "asked for"
+        return PrecisionChoice(dtype=dtype, reason=asked + _pure(options, dtype))
     if options.sixteen_bit:
         # Where the device has no 16-bit arithmetic at speed, bfloat16 is stored and emulated: slow, but what was asked.
-        return PrecisionChoice(dtype=getattr(torch, half or "bfloat16"), reason="load_in_16bit")
+        dtype = getattr(torch, _half(policy, machine) or "bfloat16")
+        return PrecisionChoice(dtype=dtype, reason="load_in_16bit" + _pure(options, dtype))
     if options.sixteen_bit is False:
         return PrecisionChoice(dtype=torch.float32, reason="load_in_16bit=False")
+    return None
+
+
+def _pure(options: LoadOptions, dtype: torch.dtype | None) -> str:
+    """The warning that goes with masters below float32."""
+    import torch
+
+    pure = options.purpose == "full" and dtype not in (None, torch.float32)
+    return ", pure low-precision training: small updates round away" if pure else ""
+
+
+def _by_policy(options: LoadOptions, policy: Precision, machine: Machine) -> PrecisionChoice:
+    import torch
+
+    if options.purpose == "inference":
+        return PrecisionChoice(dtype=None, reason="inference, as Sentence Transformers loads it")
     if options.purpose == "full":
         return PrecisionChoice(dtype=getattr(torch, policy.full), reason="master weights for full fine-tuning")
-    if half is not None:
+    if (half := _half(policy, machine)) is not None:
         return PrecisionChoice(dtype=getattr(torch, half), reason=f"frozen base under adapters on {machine.device}")
     return PrecisionChoice(dtype=torch.float32, reason=f"adapters on {machine.device}")
 
@@ -76,13 +130,15 @@ def _float(options: LoadOptions, policy: Precision, machine: Machine) -> Precisi
 def _quantization(kind: str, compute: torch.dtype, policy: Precision, machine: Machine) -> Any:
     where = f"load_in_{kind}"
     if machine.device != "cuda":
-        raise ConfigError(f"needs a CUDA device, this is {machine.device}", where=where, fix=f"Drop {where}; adapters on a {machine.device} train over float32")
+        fix = f"Drop {where}; adapters on a {machine.device} train over float32"
+        raise ConfigError(f"needs a CUDA device, this is {machine.device}", where=where, fix=fix)
     if "bitsandbytes" not in machine.packages:
         raise ConfigError("needs bitsandbytes", where=where, fix="pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(policy.keep_float32) or None)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
+        settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_skip_modules": list(policy.keep_float32) or None}
+    else:
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        settings["bnb_4bit_compute_dtype"] = compute
+    return BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]

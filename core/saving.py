@@ -33,7 +33,15 @@ def _target_dtype(model: SentenceTransformer, save_method: str | None) -> torch.
     if save_method == "merged_16bit":
         refused = model.burnish.decision.family.family.precision.refused if model.burnish else {}
         return torch.bfloat16 if loaded == torch.bfloat16 or "float16" in refused else torch.float16
-    raise ConfigError(f"{save_method!r} is unknown", where="save_method", fix=f"Pass None or one of {', '.join(METHODS)}")
+    raise ConfigError(
+        f"{save_method!r} is unknown", where="save_method", fix=f"Pass None or one of {', '.join(METHODS)}"
+    )
+
+
+def _quantised(module: Any) -> bool:
+    """Whether a linear layer holds its weight in bitsandbytes' 4-bit or 8-bit form."""
+    weight = getattr(module, "weight", None)
+    return getattr(weight, "quant_state", None) is not None or type(module).__name__ == "Linear8bitLt"
 
 
 def _merged_layer(layer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -41,9 +49,13 @@ def _merged_layer(layer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     from peft.utils.integrations import dequantize_module_weight
 
     base = layer.get_base_layer()
-    if getattr(base.weight, "quant_state", None) is not None or type(base).__name__ == "Linear8bitLt":
+    if _quantised(base):
         if any(layer.use_dora.get(name, False) for name in layer.active_adapters):
-            raise ModelError("DoRA over a quantised base cannot be merged exactly", where="save_pretrained_merged", fix="Save the adapter (save_pretrained)")
+            raise ModelError(
+                "DoRA over a quantised base cannot be merged exactly",
+                where="save_pretrained_merged",
+                fix="Save the adapter (save_pretrained)",
+            )
         weight = dequantize_module_weight(base).float()
         for name in layer.active_adapters:
             weight = weight + layer.get_delta_weight(name).float()
@@ -59,6 +71,7 @@ def merged_state_dict(transformer: PreTrainedModel, dtype: torch.dtype) -> dict[
     """The transformer's state dict under its stock keys, adapters folded in, floating tensors cast to `dtype`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
+    from peft.utils.integrations import dequantize_module_weight
 
     state: dict[str, Tensor] = {}
     inside: list[str] = []
@@ -73,9 +86,13 @@ def merged_state_dict(transformer: PreTrainedModel, dtype: torch.dtype) -> dict[
             inside.append(prefix)
             trained = module.modules_to_save[module.active_adapters[0]]
             state |= {prefix + name: _cast(value, dtype) for name, value in trained.state_dict().items()}
+        elif _quantised(module):
+            inside.append(prefix)
+            bias = {} if module.bias is None else {f"{prefix}bias": _cast(module.bias, dtype)}
+            state |= {f"{prefix}weight": dequantize_module_weight(module).to(dtype)} | bias
         else:
             own = module.state_dict()
-            direct = {name for name, _ in module.named_parameters(recurse=False)} | {name for name, _ in module.named_buffers(recurse=False)}
+            direct = {*module._parameters, *module._buffers}
             state |= {prefix + name: _cast(value, dtype) for name, value in own.items() if name in direct}
     return state
 
@@ -84,7 +101,9 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(dtype) if value.is_floating_point() else value.detach()
 
 
-def merged_model(model: SentenceTransformer, save_method: str | None = None) -> sentence_transformers.SentenceTransformer:
+def merged_model(
+    model: SentenceTransformer, save_method: str | None = None
+) -> sentence_transformers.SentenceTransformer:
     """A plain `sentence_transformers.SentenceTransformer` of stock modules with the adapter folded in.
 
     Raises:
@@ -102,11 +121,17 @@ def merged_model(model: SentenceTransformer, save_method: str | None = None) -> 
     first.model = stock
     first.unpad_inputs = first.unpad_inputs  # its setter works out again, for stock attention, whether input is packed
     rest = [copy.deepcopy(module).to(dtype) for module in list(model.children())[1:]]
+    modules: Any = OrderedDict(zip(model._modules, [first, *rest], strict=True))
+    prompts: Any = dict(model.prompts)
     plain = sentence_transformers.SentenceTransformer(
-        modules=OrderedDict(zip(model._modules, [first, *rest], strict=True)),
-        device=str(model.device), prompts=dict(model.prompts), default_prompt_name=model.default_prompt_name,
-        similarity_fn_name=model.similarity_fn_name, truncate_dim=model.truncate_dim, model_card_data=copy.copy(model.model_card_data),
-    )  # fmt: skip
+        modules=modules,
+        device=str(model.device),
+        prompts=prompts,
+        default_prompt_name=model.default_prompt_name,
+        similarity_fn_name=model.similarity_fn_name,
+        truncate_dim=model.truncate_dim,
+        model_card_data=copy.copy(model.model_card_data),
+    )
     plain.module_kwargs = model.module_kwargs
     plain._model_card_text = model._model_card_text
     plain.eval()
@@ -124,13 +149,18 @@ def _stock_transformer(transformer: PreTrainedModel, state: dict[str, Tensor], d
     wanted = set(stock.state_dict())
     odd = sorted(wanted ^ set(state))
     if odd:
-        raise ModelError(f"merged weights and the stock {cls.__name__} differ in {odd[0]} (and {len(odd) - 1} more)", where="save_pretrained_merged", fix="Please report this with the model's name")
+        raise ModelError(
+            f"merged weights and the stock {cls.__name__} differ in {odd[0]} (and {len(odd) - 1} more)",
+            where="save_pretrained_merged",
+            fix="Please report this with the model's name",
+        )
     stock.load_state_dict(state, assign=True)
     _restore_buffers(stock, transformer)
     stock.tie_weights()
     stock.config.dtype = dtype
     stock.config.name_or_path = transformer.config.name_or_path
-    return stock.eval()
+    stock.train(False)
+    return stock
 
 
 def _stock_class(cls: type[nn.Module]) -> Any:

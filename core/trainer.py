@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments as StockA
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from .checkpointing import check_checkpointing
 from .contracts import StepContext
 from .errors import ModelError
 from .model import Preparation, SentenceTransformer
@@ -50,7 +51,7 @@ class Trainer(StockTrainer):
 
     training_args_class = StockArguments
 
-    def __init__(self, model: nn.Module | None = None, *args: Any, **keywords: Any) -> None:
+    def __init__(self, model: Any = None, *args: Any, **keywords: Any) -> None:
         if model is not None:
             _check_trainable(model)
         super().__init__(model, *args, **keywords)
@@ -58,6 +59,8 @@ class Trainer(StockTrainer):
         preparation = getattr(self.model, "burnish", None)
         if preparation is None:
             return
+        if self.args.gradient_checkpointing and (transformer := self.model.transformers_model) is not None:
+            check_checkpointing(transformer, preparation.decision.family.family, "gradient_checkpointing")
         self._fit_input(preparation)
         if preparation.decision.registry.claimants("observer", "step_finished"):
             self.add_callback(_Observers(preparation))
@@ -78,7 +81,8 @@ class Trainer(StockTrainer):
                 where="Trainer",
                 fix="Load the model with packed=None or packed=False",
             )
-        self.model.pad_inputs(reason)
+        model: Any = self.model
+        model.pad_inputs(reason)
         print(f"burnish: input is padded for this run ({reason})", file=sys.stderr)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -87,8 +91,34 @@ class Trainer(StockTrainer):
             self._step = self._build_step()
         return self._step(model, inputs, num_items_in_batch)
 
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
+        """Take the trained weights out of a checkpoint; frozen ones, perhaps quantised, are what they were.
+
+        Raises:
+            ModelError: If the checkpoint lacks one of them.
+        """
+        model = getattr(self.model, "_orig_mod", self.model)
+        if not isinstance(model, SentenceTransformer) or model.burnish is None:
+            super()._load_from_checkpoint(checkpoint_path)
+            return
+        saved = model.read_checkpoint(checkpoint_path)
+        wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if lacking := [name for name in wanted if name not in saved]:
+            fix = "Resume with the adapter or model that the checkpoint was saved from"
+            raise ModelError(f"it has no {lacking[0]}", where=f"checkpoint {checkpoint_path}", fix=fix)
+        model.load_state_dict({name: saved[name] for name in wanted}, strict=False)
+
+    def _load_best_model(self) -> None:
+        # Sentence Transformers logs whatever goes wrong here and goes on with the last weights instead of the best.
+        best = str(self.state.best_model_checkpoint)
+        step = best.rpartition("-")[2]
+        if step.isdigit():
+            self.model.model_card_data.set_best_model_step(int(step))
+        self._load_from_checkpoint(best)
+
     def _build_step(self) -> Step:
-        eager: Step = super().training_step
+        stock: Any = super().training_step
+        eager: Step = stock
         preparation = getattr(self.model, "burnish", None)
         if preparation is None:  # a plain SentenceTransformer trains as Sentence Transformers would train it
             return eager
