@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from sentence_transformers import SentencesDataset as SentencesDataset
     from sentence_transformers import SentenceTransformerModelCardData as SentenceTransformerModelCardData
     from sentence_transformers import SimilarityFunction as SimilarityFunction
+    from sentence_transformers import export_dynamic_quantized_onnx_model as export_dynamic_quantized_onnx_model
+    from sentence_transformers import export_optimized_onnx_model as export_optimized_onnx_model
+    from sentence_transformers import export_static_quantized_openvino_model as export_static_quantized_openvino_model
     from sentence_transformers import mine_hard_negatives as mine_hard_negatives
     from sentence_transformers import quantize_embeddings as quantize_embeddings
+    from sentence_transformers import resolve_ids as resolve_ids
     from sentence_transformers import util as util
     from sentence_transformers.sentence_transformer import datasets as datasets
     from sentence_transformers.sentence_transformer import evaluation as evaluation
     from sentence_transformers.sentence_transformer import losses as losses
-    from sentence_transformers.sentence_transformer import modules as models
+    from sentence_transformers.sentence_transformer import modules as _modules
     from sentence_transformers.sentence_transformer import readers as readers
     from sentence_transformers.sentence_transformer import training_args as training_args
 
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from .core.trainer import TrainingArguments as TrainingArguments
 
     is_bfloat16_supported = is_bf16_supported
+    models = _modules
 
 _FACE = {
     "BurnishError": ".core.errors",
@@ -63,8 +68,12 @@ _STOCK = (
     "SentenceTransformerModelCardData",
     "SentencesDataset",
     "SimilarityFunction",
+    "export_dynamic_quantized_onnx_model",
+    "export_optimized_onnx_model",
+    "export_static_quantized_openvino_model",
     "mine_hard_negatives",
     "quantize_embeddings",
+    "resolve_ids",
 )
 # Its submodules, by the names that `from sentence_transformers import …` takes; the old paths warn.
 _STOCK_MODULES = {
