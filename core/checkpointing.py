@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .contracts import Family
@@ -12,11 +13,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def enable_checkpointing(model: PreTrainedModel, option: Checkpointing, family: Family) -> str:
+def enable_checkpointing(
+    model: PreTrainedModel,
+    option: Checkpointing,
+    family: Family,
+    *,
+    every_n_layers: int = 1,
+    torch_keywords: Mapping[str, Any] | None = None,
+) -> str:
     """Switch checkpointing on as asked; returns what was done, in words.
 
     "offload" keeps the checkpoints in host memory. On a CPU they are there already, so plain checkpointing is what it
     means there, and the returned text says so.
+
+    Args:
+        model: The transformer.
+        option: False, True or "offload".
+        family: What its plugin says about it.
+        every_n_layers: Checkpoint every layer, every second, …
+        torch_keywords: For `torch.utils.checkpoint.checkpoint`; without re-entrance unless they ask for it.
 
     Raises:
         ModelError: If neither transformers nor the family has checkpointing for this architecture.
@@ -25,13 +40,14 @@ def enable_checkpointing(model: PreTrainedModel, option: Checkpointing, family: 
         return "off"
     check_checkpointing(model, family)
     on_host = model.device.type == "cpu"
-    keywords: dict[str, Any] = {"offload": True} if option == "offload" and not on_host else {}
+    keywords: dict[str, Any] = {"every_n_layers": every_n_layers, "offload": option == "offload" and not on_host}
     # transformers 5.18 renamed the method; the old name warns there and the new one is missing before.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False}, **keywords)
+    enable({"use_reentrant": False, **(torch_keywords or {})}, **keywords)
+    layers = "every layer" if every_n_layers == 1 else f"one layer of {every_n_layers}"
     if option == "offload":
-        return "every layer (offload has nothing to do on a CPU)" if on_host else "every layer, kept in host memory"
-    return "every layer"
+        return f"{layers} (offload has nothing to do on a CPU)" if on_host else f"{layers}, kept in host memory"
+    return layers
 
 
 def check_checkpointing(model: PreTrainedModel, family: Family, where: str = "use_gradient_checkpointing") -> None:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .adapters import add_lora, check_adaptable
-from .checkpointing import disable_checkpointing, enable_checkpointing
 from .errors import ConfigError, ModelError
 from .loading import first_line
 from .model import SentenceTransformer
@@ -21,6 +20,7 @@ from .options import (
     purpose_of,
     quantization_of,
 )
+from .preparation import set_checkpointing
 
 if TYPE_CHECKING:
     import torch
@@ -205,8 +205,7 @@ class FastSentenceTransformer:
         if max_seq_length is not None:
             model.set_max_seq_length(max_seq_length)
         if option is not None:
-            disable_checkpointing(transformer)
-            model.burnish.checkpointing = enable_checkpointing(transformer, option, family)
+            set_checkpointing(model.burnish, transformer, option, "use_gradient_checkpointing")
         lora = {
             "r": r,
             "lora_alpha": lora_alpha,

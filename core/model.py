@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,57 +18,20 @@ from sentence_transformers.sentence_transformer.modules import Pooling as Poolin
 from torch import nn
 
 from . import saving
-from .adapters import mend_saved, read_adapter, wake_adapters
-from .checkpointing import enable_checkpointing
+from .adapters import mend_saved, read_adapter
 from .errors import ConfigError
 from .files import atomic_folder
 from .loading import Decision, Repository, check_length, decide, has_transformer, read_repository
 from .options import LoadOptions, model_kwargs_dtype
-from .packing import PackedInput, pack_inputs, register_attention
-from .patching import Claim, PatchPlan
 from .precision import PrecisionChoice
+from .preparation import Preparation, attention_name, describe_pooling, prepare, set_checkpointing
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from transformers import PreTrainedModel
-
-
-@dataclass(slots=True)
-class Preparation:
-    """What Burnish did to a model, kept on it as `model.burnish`; print it to read it.
-
-    Args:
-        decision: Family, dtype, backend and input layout, with reasons.
-        plan: The patches, with what became of each.
-        packed: Packed input, or None where the input stays padded.
-        pooling: Where the pooling came from.
-        checkpointing: What gradient checkpointing does, or "off".
-    """
-
-    decision: Decision
-    plan: PatchPlan
-    packed: PackedInput | None
-    pooling: str
-    checkpointing: str = "off"
-
-    def rows(self) -> list[tuple[str, str]]:
-        """(what, what was chosen and why), for tables."""
-        family, backend = self.decision.family, self.decision.backend
-        applied = len(self.plan.applied)
-        return [
-            ("family", f"{family.family.name} ({family.plugin.label}; {family.reason})"),
-            ("weights", str(self.decision.precision)),
-            ("pooling", self.pooling),
-            ("input", f"{'packed' if self.packed else 'padded'} ({self.decision.packed_reason})"),
-            ("backend", f"{backend.spec.name} ({backend.reason})"),
-            ("patches", f"{applied} applied, {len(self.plan.entries) - applied} not" if self.plan.entries else "none"),
-            ("checkpoints", self.checkpointing),
-            *(("left to gain", line) for line in family.family.leaves),
-        ]
-
-    def __str__(self) -> str:
-        return "\n".join(f"  {name:12} {value}" for name, value in self.rows())
+# Where `encode` takes, after `self`, what it shall return.
+_OUTPUT_VALUE = list(signature(sentence_transformers.SentenceTransformer.encode).parameters).index("output_value") - 1
+_SENTENCE = "sentence_embedding"
 
 
 class SentenceTransformer(sentence_transformers.SentenceTransformer):
@@ -173,14 +138,8 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         options = decision.options
         if options.max_seq_length is not None:
             self.set_max_seq_length(options.max_seq_length)
-        plan, packed, checkpointing = PatchPlan(()), None, "off"
-        if options.purpose != "inference":
-            plan = _patch(self.transformers_model, decision, bool(options.checkpointing))
-            packed = _pack(self[0], decision)
-            checkpointing = enable_checkpointing(self.transformers_model, options.checkpointing, decision.family.family)
-            _keep_float32(self.transformers_model, decision.family.family.precision.keep_float32)
-            wake_adapters(self.transformers_model)
-        self.burnish = Preparation(decision, plan, packed, _describe_pooling(self, self._pooling_source), checkpointing)
+        self.burnish = prepare(self._first_module(), self.transformers_model, decision)
+        self.burnish.pooling = describe_pooling(self, self._pooling_source)
         if options.purpose != "inference":
             decision.registry.observers("model_loaded")(model=self)
             if not options.quiet:
@@ -262,6 +221,51 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             revision=revision, create_pr=create_pr, exist_ok=exist_ok,
         )  # fmt: skip
 
+    if not TYPE_CHECKING:  # for a checker the signature, with its overloads, stays Sentence Transformers' own
+
+        @wraps(sentence_transformers.SentenceTransformer.encode)
+        def encode(self, *args: Any, **keywords: Any) -> Any:
+            asked = args[_OUTPUT_VALUE] if len(args) > _OUTPUT_VALUE else keywords.get("output_value", _SENTENCE)
+            first = self._first_module()
+            if asked == _SENTENCE or not getattr(first, "can_flatten_inputs", False):
+                return super().encode(*args, **keywords)
+            # Sentence Transformers cuts token embeddings out by the attention mask, which packed input does not have.
+            first.can_flatten_inputs = False
+            try:
+                return super().encode(*args, **keywords)
+            finally:
+                first.can_flatten_inputs = True
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """What a trainer calls for `gradient_checkpointing=True`; a model loaded with "offload" keeps that.
+
+        Raises:
+            ModelError: If this architecture has no checkpointing: Sentence Transformers would log it and go on without.
+        """
+        if self.burnish is None or self.transformers_model is None:
+            super().gradient_checkpointing_enable(dict(activation_checkpointing_kwargs or {}) or None)
+            return
+        loaded = self.burnish.decision.options.checkpointing
+        set_checkpointing(
+            self.burnish,
+            self.transformers_model,
+            "offload" if offload or loaded == "offload" else True,
+            "gradient_checkpointing",
+            every_n_layers=every_n_layers,
+            torch_keywords=activation_checkpointing_kwargs,
+        )
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **keywords: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **keywords)
+
     def undo_patches(self) -> None:
         """Go back to stock modules and padded input: what `for_inference=True` loads."""
         if self.burnish is not None:
@@ -279,7 +283,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # The process that unpickles may not have met this model's attention yet: transformers finds it by name.
         if self.burnish is not None and self.burnish.packed is not None:
-            _attention_name(self.burnish.decision)
+            attention_name(self.burnish.decision)
 
 
 def _script_options(model_kwargs: Mapping[str, Any] | None) -> LoadOptions:
@@ -323,43 +327,6 @@ def _check_width(wanted: int, width: int | None) -> None:
     if wanted < 1 or (width is not None and wanted > width):
         what = f"{wanted} is not between 1 and the {width} dimensions of the embedding"
         raise ConfigError(what, where="truncate_dim", fix="Leave it out to keep every dimension")
-
-
-def _patch(transformer: PreTrainedModel, decision: Decision, checkpointing: bool) -> PatchPlan:
-    choice = decision.family
-    patches = list(choice.family.patches(transformer, decision.machine))
-    if checkpointing and choice.family.checkpointing is not None:
-        patches += choice.family.checkpointing(transformer, decision.machine)
-    plan = PatchPlan([Claim(owner=choice.plugin.label, patch=patch) for patch in patches])
-    plan.apply(transformer)
-    return plan
-
-
-def _pack(module: Transformer, decision: Decision) -> PackedInput | None:
-    packing = decision.family.family.packing
-    if not decision.packed or packing is None:
-        return None
-    return pack_inputs(module, packing, _attention_name(decision))
-
-
-def _attention_name(decision: Decision) -> str:
-    """The name under which transformers knows the chosen attention; made known if it is not yet."""
-    if decision.attention is None:
-        return ""
-    return register_attention(decision.attention.spec.name, decision.attention.spec.load())
-
-
-def _keep_float32(transformer: PreTrainedModel, suffixes: tuple[str, ...]) -> None:
-    for name, module in transformer.named_modules():
-        if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes):
-            module.to(torch.float32)
-
-
-def _describe_pooling(model: SentenceTransformer, source: str) -> str:
-    modules = OrderedDict(model.named_children()).values()
-    mode = next((module.pooling_mode for module in modules if isinstance(module, PoolingModule)), "none")
-    normal = "normalised" if any(isinstance(module, Normalize) for module in modules) else "not normalised"
-    return f"{mode}, {normal} ({source})"
 
 
 def _short_name(model: SentenceTransformer) -> str:

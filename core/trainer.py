@@ -12,7 +12,6 @@ from sentence_transformers import SentenceTransformerTrainingArguments as StockA
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .checkpointing import check_checkpointing
 from .contracts import StepContext
 from .errors import ModelError
 from .model import Preparation, SentenceTransformer
@@ -59,8 +58,6 @@ class Trainer(StockTrainer):
         preparation = getattr(self.model, "burnish", None)
         if preparation is None:
             return
-        if self.args.gradient_checkpointing and (transformer := self.model.transformers_model) is not None:
-            check_checkpointing(transformer, preparation.decision.family.family, "gradient_checkpointing")
         self._fit_input(preparation)
         if preparation.decision.registry.claimants("observer", "step_finished"):
             self.add_callback(_Observers(preparation))
