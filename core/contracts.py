@@ -1,4 +1,4 @@
-"""The values a plugin hands over. Frozen, checked when they are made, and free of torch so that listing plugins is quick.
+"""The values a plugin hands over: frozen, checked when they are made, and free of torch so that listing is quick.
 
 A family plugin returns `FamilySpec`s, a backend plugin `BackendSpec`s, and so on (see `hookspecs`). Nothing here is a
 class to inherit from: a plugin states facts and functions, and core decides what to do with them.
@@ -6,11 +6,16 @@ class to inherit from: a plugin states facts and functions, and core decides wha
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from .checks import check, check_functions, check_members, check_name, check_tuples, check_types
+from .needs import ANYTHING, DTYPES, DType
+from .needs import Machine as Machine
+from .needs import Needs as Needs
 
 if TYPE_CHECKING:
     import torch
@@ -19,27 +24,8 @@ if TYPE_CHECKING:
 CONTRACT = 1
 """The contract's version. A plugin states the one it was written for as the capability `contract.1`."""
 
-DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 PoolingMode: TypeAlias = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
-DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 POOLING_MODES: tuple[PoolingMode, ...] = ("mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean")
-
-# Letters, digits, "_" and "-": what an entry point's name may hold beside the dot that parts kind from value.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-
-
-def _check(condition: bool, owner: object, message: str) -> None:
-    if not condition:
-        raise ValueError(f"{type(owner).__name__}: {message}")
-
-
-def _check_name(owner: object, name: str) -> None:
-    _check(isinstance(name, str) and _NAME.fullmatch(name) is not None, owner, f"name {name!r} is not letters, digits, '_', '-'")
-
-
-def _check_members(owner: object, what: str, given: Iterable[str], known: Sequence[str]) -> None:
-    unknown = sorted(set(given) - set(known))
-    _check(not unknown, owner, f"{what} {unknown} not among {list(known)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +43,8 @@ class Pooling:
     include_prompt: bool = True
 
     def __post_init__(self) -> None:
-        _check_members(self, "mode", [self.mode], POOLING_MODES)
+        check_members(self, "mode", [self.mode], POOLING_MODES)
+        check_types(self, normalize=bool, include_prompt=bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +60,7 @@ class LoraTargets:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(all(isinstance(name, str) and name for name in (*self.names, *self.exclude)), self, "names must be non-empty strings")
+        check_tuples(self, "names", "exclude")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +81,9 @@ class Packing:
     attention: Literal["interface", "patch"] = "interface"
 
     def __post_init__(self) -> None:
-        _check(self.position_offset >= 0, self, "position_offset is negative")
-        _check_members(self, "attention", [self.attention], ("interface", "patch"))
+        check_types(self, position_offset=int, causal=bool, sliding_window=bool)
+        check(self.position_offset >= 0, self, "position_offset is negative")
+        check_members(self, "attention", [self.attention], ("interface", "patch"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +103,12 @@ class Precision:
     keep_float32: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_members(self, "dtypes", (*self.adapter_base, self.full, *self.refused), DTYPES)
-        _check(bool(self.adapter_base), self, "adapter_base is empty")
-        _check(self.full not in self.refused, self, f"full={self.full} is refused by its own policy")
+        check_types(self, refused=Mapping)
+        check_tuples(self, "adapter_base", "keep_float32")
+        check_members(self, "dtypes", (*self.adapter_base, self.full, *self.refused), DTYPES)
+        check(self.full not in self.refused, self, f"full={self.full} is refused by its own policy")
+        usable = set(self.adapter_base) - set(self.refused)
+        check(bool(usable), self, "adapter_base is empty, or all of it is refused by its own policy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +118,7 @@ class Head:
     reads: Literal["first", "last", "every"]
 
     def __post_init__(self) -> None:
-        _check_members(self, "reads", [self.reads], ("first", "last", "every"))
+        check_members(self, "reads", [self.reads], ("first", "last", "every"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +134,9 @@ class Exports:
     gguf: str | None = None
     onnx: bool = True
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_types(self, gguf=(str, NoneType), onnx=bool, refused=Mapping)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,50 +156,13 @@ class Patch:
     why: str
 
     def __post_init__(self) -> None:
-        _check(bool(self.path), self, "path is empty: a patch replaces a module inside the model, not the model")
-        _check(isinstance(self.old, type) and isinstance(self.new, type), self, f"{self.path}: old and new must be classes")
-        _check(issubclass(self.new, self.old), self, f"{self.path}: {self.new.__name__} does not subclass {self.old.__name__}")
-        _check(self.new is not self.old, self, f"{self.path}: old and new are the same class")
-        _check(bool(self.why), self, f"{self.path}: why is empty")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What a step may use: the device and what is installed.
-
-    Args:
-        device: "cpu", "cuda", "mps", … without an index.
-        compute_capability: CUDA's, such as (9, 0) for an H100; None elsewhere.
-        dtypes: What the device computes in at speed.
-        packages: Installed version of each optional package that is there (triton, bitsandbytes, …).
-    """
-
-    device: str
-    compute_capability: tuple[int, int] | None = None
-    dtypes: frozenset[str] = frozenset({"float32"})
-    packages: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
-    """What a backend, kernel or exporter cannot do without. Empty means anything will do."""
-
-    devices: tuple[str, ...] = ()
-    compute_capability: tuple[int, int] | None = None
-    dtypes: tuple[DType, ...] = ()
-    packages: tuple[str, ...] = ()
-
-    def missing(self, machine: Machine) -> str | None:
-        """Say in a few words why `machine` will not do, or None if it will."""
-        if self.devices and machine.device not in self.devices:
-            return f"needs {' or '.join(self.devices)}, this is {machine.device}"
-        if self.compute_capability and (machine.compute_capability or (0, 0)) < self.compute_capability:
-            return f"needs compute capability {'.'.join(map(str, self.compute_capability))}"
-        if lacking := [name for name in self.dtypes if name not in machine.dtypes]:
-            return f"needs {', '.join(lacking)}, which {machine.device} lacks"
-        if lacking := [name for name in self.packages if name not in machine.packages]:
-            return f"needs the package {', '.join(lacking)}"
-        return None
+        check(bool(self.path), self, "path is empty: a patch replaces a module inside the model, not the model")
+        classes = isinstance(self.old, type) and isinstance(self.new, type)
+        check(classes, self, f"{self.path}: old and new must be classes")
+        check(self.new is not self.old, self, f"{self.path}: old and new are the same class")
+        inherits = issubclass(self.new, self.old)
+        check(inherits, self, f"{self.path}: {self.new.__name__} does not subclass {self.old.__name__}")
+        check(bool(self.why), self, f"{self.path}: why is empty")
 
 
 PoolingRule: TypeAlias = "Pooling | Callable[[PretrainedConfig, frozenset[str]], Pooling]"
@@ -247,16 +204,22 @@ class Family:
     leaves: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_name(self, self.name)
-        for part, kind in {"lora": LoraTargets, "precision": Precision, "exports": Exports}.items():
-            _check(isinstance(getattr(self, part), kind), self, f"{self.name}: {part} is not a {kind.__name__}")
-        _check(self.packing is None or isinstance(self.packing, Packing), self, f"{self.name}: packing is not a Packing")
-        _check(isinstance(self.pooling, Pooling) or callable(self.pooling), self, f"{self.name}: pooling is not a Pooling")
-        _check(callable(self.patches), self, f"{self.name}: patches is not a function")
+        check_name(self, self.name)
+        check_types(self, lora=LoraTargets, precision=Precision, exports=Exports, heads=Mapping)
+        check_types(self, packing=(Packing, NoneType))
+        check_tuples(self, "leaves")
+        check_functions(self, "patches")
+        pooled = isinstance(self.pooling, Pooling) or callable(self.pooling)
+        check(pooled, self, "pooling is not a Pooling or a function")
+        check(self.checkpointing is None or callable(self.checkpointing), self, "checkpointing is not a function")
+        odd = [task for task, head in self.heads.items() if not isinstance(head, Head)]
+        check(not odd, self, f"heads {odd} are not a Head")
 
     def default_pooling(self, config: PretrainedConfig, files: frozenset[str]) -> Pooling:
         """The pooling for a repository without `modules.json`."""
-        return self.pooling if isinstance(self.pooling, Pooling) else self.pooling(config, files)
+        rule = self.pooling if isinstance(self.pooling, Pooling) else self.pooling(config, files)
+        check(isinstance(rule, Pooling), self, f"{self.name}: its pooling rule returned a {type(rule).__name__}")
+        return rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,16 +243,17 @@ class FamilySpec:
     fallback: bool = False
 
     def __post_init__(self) -> None:
-        _check_name(self, self.name)
-        _check(callable(self.build), self, f"{self.name}: build is not a function")
-        _check(isinstance(self.model_types, tuple), self, f"{self.name}: model_types is not a tuple")
-        _check(bool(self.model_types) != self.fallback, self, f"{self.name}: needs model_types, or fallback=True without any")
+        check_name(self, self.name)
+        check_functions(self, "build")
+        check_tuples(self, "model_types")
+        for model_type in self.model_types:
+            check_name(self, model_type)
+        check(self.specificity is None or callable(self.specificity), self, "specificity is not a function")
+        check(bool(self.model_types) != self.fallback, self, "needs model_types, or fallback=True without any")
 
     def matches(self, config: PretrainedConfig) -> int:
         """How specifically this family takes `config`; 0 means not at all."""
-        if self.fallback:
-            return 0
-        if config.model_type not in self.model_types:
+        if self.fallback or config.model_type not in self.model_types:
             return 0
         return 1 if self.specificity is None else int(self.specificity(config))
 
@@ -333,13 +297,14 @@ class BackendSpec:
     name: str
     summary: str
     build_step: Callable[[StepContext], Step]
-    needs: Needs = Needs()
+    needs: Needs = ANYTHING
     priority: int = 0
 
     def __post_init__(self) -> None:
-        _check_name(self, self.name)
-        _check(self.name != "auto", self, "a backend cannot be called 'auto'")
-        _check(callable(self.build_step), self, f"{self.name}: build_step is not a function")
+        check_name(self, self.name)
+        check(self.name != "auto", self, "a backend cannot be called 'auto'")
+        check_functions(self, "build_step")
+        check_types(self, summary=str, needs=Needs, priority=int)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,13 +322,14 @@ class KernelSpec:
     operation: str
     name: str
     load: Callable[[], Callable[..., Any]]
-    needs: Needs = Needs()
+    needs: Needs = ANYTHING
     priority: int = 0
 
     def __post_init__(self) -> None:
-        _check_name(self, self.operation)
-        _check_name(self, self.name)
-        _check(callable(self.load), self, f"{self.operation}: load is not a function")
+        check_name(self, self.operation)
+        check_name(self, self.name)
+        check_functions(self, "load")
+        check_types(self, needs=Needs, priority=int)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,11 +348,12 @@ class ExporterSpec:
     target: str
     summary: str
     run: Callable[[ExportRequest], Sequence[Path]]
-    needs: Needs = Needs()
+    needs: Needs = ANYTHING
 
     def __post_init__(self) -> None:
-        _check_name(self, self.target)
-        _check(callable(self.run), self, f"{self.target}: run is not a function")
+        check_name(self, self.target)
+        check_functions(self, "run")
+        check_types(self, summary=str, needs=Needs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,5 +365,6 @@ class CommandSpec:
     run: Callable[[Sequence[str]], int]
 
     def __post_init__(self) -> None:
-        _check_name(self, self.name)
-        _check(callable(self.run), self, f"{self.name}: run is not a function")
+        check_name(self, self.name)
+        check_functions(self, "run")
+        check_types(self, summary=str)

@@ -46,6 +46,8 @@ class Entry:
 class PatchPlan:
     """Every patch of one model, in the order in which it is applied; printable at any time.
 
+    A plan copied or pickled with its model belongs to the copy, and undoes the copy's patches.
+
     Raises:
         PatchError: When made, if two claims meet: one module twice, or a module and its ancestor by two plugins.
     """
@@ -72,7 +74,8 @@ class PatchPlan:
         """
         if self._applied:
             raise PatchError("this plan is applied already", fix="Undo it first, or make a plan for each model")
-        modules = dict(model.named_modules())
+        # A module that stands in two places (shared layers) is found under either name.
+        modules = dict(model.named_modules(remove_duplicate=False))
         try:
             for entry in self.entries:
                 self._apply_one(modules.get(entry.claim.patch.path), entry)
@@ -86,8 +89,15 @@ class PatchPlan:
             entry.state, entry.reason = "skipped", "the model has no such module"
         elif type(module) is not patch.old:
             entry.state, entry.reason = "skipped", f"the module is a {type(module).__name__}"
+        elif "forward" in vars(module):
+            # accelerate's hooks do this: the instance's forward would go on being called, and the patch do nothing.
+            entry.state, entry.reason = "skipped", "something has bound a forward of its own to the module"
         else:
-            module.__class__ = patch.new
+            try:
+                module.__class__ = patch.new
+            except TypeError as error:
+                what = f"{entry.claim.owner} cannot patch {patch.path}: {error}"
+                raise PatchError(what, fix="Disable the plugin") from error
             entry.state, entry.reason = "applied", ""
             self._applied.append((module, entry))
 
@@ -96,31 +106,21 @@ class PatchPlan:
 
         Raises:
             PatchError: If something else has patched a module over this plan's patch. That module is left as it is,
-                all others are restored.
+                and can be undone once the later patch is; all others are restored.
         """
-        foreign: list[str] = []
+        foreign: list[tuple[nn.Module, Entry]] = []
         while self._applied:
             module, entry = self._applied.pop()
-            patch = entry.claim.patch
-            if type(module) is patch.new:
-                module.__class__ = patch.old
+            if type(module) is entry.claim.patch.new:
+                module.__class__ = entry.claim.patch.old
                 entry.state = "undone"
             else:
-                foreign.append(f"{patch.path} is now a {type(module).__name__}, not {patch.new.__name__}")
+                foreign.insert(0, (module, entry))
         if foreign:
-            raise PatchError(f"patched over by something else: {'; '.join(foreign)}", fix="Undo the later patch first")
-
-    def __deepcopy__(self, memo: dict[int, object]) -> PatchPlan:
-        # A copied model keeps its patched classes; a plan undoes only the model that it was applied to.
-        copy = PatchPlan(self.claims)
-        copy.entries = [Entry(claim=entry.claim, state=entry.state, reason=entry.reason) for entry in self.entries]
-        copy._applied = [(memo[id(module)], copied) for module, copied in self._pairs(copy) if id(module) in memo]  # type: ignore[misc]
-        return copy
-
-    def _pairs(self, copy: PatchPlan) -> Iterator[tuple[nn.Module, Entry]]:
-        place = {id(entry): index for index, entry in enumerate(self.entries)}
-        for module, entry in self._applied:
-            yield module, copy.entries[place[id(entry)]]
+            self._applied = foreign
+            patches = [(entry.claim.patch, type(module).__name__) for module, entry in foreign]
+            found = "; ".join(f"{patch.path} is now a {name}, not {patch.new.__name__}" for patch, name in patches)
+            raise PatchError(f"patched over by something else: {found}", fix="Undo the later patch first")
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(module, patch, state, reason) of every entry."""
@@ -147,8 +147,10 @@ def _refuse_meeting(claims: Iterable[Claim]) -> None:
 
 
 def _meeting(first: Claim, second: Claim, what: str) -> PatchError:
-    names = first.owner if first.owner == second.owner else f"{first.owner} and {second.owner}"
-    return PatchError(f"{names} both patch {what}", fix="Disable one of them, or leave one out of plugins")
+    if first.owner == second.owner:
+        return PatchError(f"{first.owner} patches {what} twice", fix="Mend or disable it")
+    fix = "Disable one of them, or leave one out of plugins"
+    return PatchError(f"{first.owner} and {second.owner} both patch {what}", fix=fix)
 
 
 @contextmanager

@@ -12,13 +12,23 @@ from .errors import ConfigError
 from .files import write_json
 
 ALLOW_VARIABLE = "BURNISH_PLUGINS"
+_SHAPE = 'It should hold {"disabled": ["NAME"]}'
 
 
 def config_folder() -> Path:
-    """The user's config folder: `$BURNISH_CONFIG_DIR`, else `$XDG_CONFIG_HOME/burnish`, else `~/.config/burnish`."""
+    """The user's config folder: `$BURNISH_CONFIG_DIR`, else `$XDG_CONFIG_HOME/burnish`, else `~/.config/burnish`.
+
+    Raises:
+        ConfigError: If the user has no home folder, as some containers' users.
+    """
     if explicit := os.environ.get("BURNISH_CONFIG_DIR"):
         return Path(explicit)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "burnish"
+    if shared := os.environ.get("XDG_CONFIG_HOME"):
+        return Path(shared) / "burnish"
+    try:
+        return Path.home() / ".config" / "burnish"
+    except RuntimeError as error:
+        raise ConfigError("there is no home folder", where="config folder", fix="Set BURNISH_CONFIG_DIR") from error
 
 
 def _file() -> Path:
@@ -31,22 +41,31 @@ def disabled_plugins() -> frozenset[str]:
     Raises:
         ConfigError: If the file is not what this program writes.
     """
-    path = _file()
-    if not path.exists():
-        return frozenset()
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["disabled"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError("'disabled' is not a list of names")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"cannot be read ({error})", where=str(path), fix='It should hold {"disabled": ["NAME"]}: mend or delete it') from error
+        path = _file()
+    except ConfigError:
+        return frozenset()  # without a config folder nothing was ever written down
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=str(path), fix=f"{_SHAPE}: mend or delete it") from error
+    names = value.get("disabled") if isinstance(value, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError("has no list of names", where=str(path), fix=f"{_SHAPE}: mend or delete it")
     return frozenset(names)
 
 
 def set_disabled(names: Iterable[str]) -> Path:
-    """Write the names of disabled plugins; returns the file."""
-    write_json(_file(), {"disabled": sorted(set(names))})
-    return _file()
+    """Write the names of disabled plugins; returns the file.
+
+    Raises:
+        ConfigError: If the file cannot be written.
+    """
+    path = _file()
+    write_json(path, {"disabled": sorted(set(names))})
+    return path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +86,17 @@ class Policy:
 
 
 def current_policy(plugins: Iterable[str] | None = None) -> Policy:
-    """The policy of this process, and of a run that passes `plugins` (None: automatic; empty: Burnish's own only)."""
+    """The policy of this process, and of a run that passes `plugins` (None: automatic; empty: Burnish's own only).
+
+    Raises:
+        ConfigError: If `plugins` is not a list of names.
+    """
     if isinstance(plugins, str):
-        raise ConfigError(f"plugins={plugins!r} is a string", where="plugins", fix=f"Pass a list: plugins=[{plugins!r}]")
+        fix = f"Pass a list: plugins=[{plugins!r}]"
+        raise ConfigError(f"plugins={plugins!r} is a string", where="plugins", fix=fix)
     named = None if plugins is None else tuple(plugins)
+    if odd := [name for name in named or () if not isinstance(name, str) or not name.strip()]:
+        raise ConfigError(f"{odd[0]!r} is not a plugin's name", where="plugins", fix='Pass names: plugins=["NAME"]')
     variable = os.environ.get(ALLOW_VARIABLE)
     allowed = None if variable is None else frozenset(name.strip() for name in variable.split(",") if name.strip())
     return Policy(allowed=allowed, disabled=disabled_plugins(), named=named or (), only_own=named == ())
