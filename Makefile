@@ -34,12 +34,12 @@ test: $(VENV)/.dev-done ## Run the tests; ARGS go to pytest, as in ARGS='-k layo
 
 .PHONY: test-floor
 test-floor: ## Run the tests on the oldest dependencies allowed
-	@$(MAKE) test VENV=$(VENV)-floor CONSTRAINTS=constraints-floor.txt
+	@$(MAKE) --no-print-directory test VENV=$(VENV)-floor CONSTRAINTS=constraints-floor.txt
 
 .PHONY: test-newest
 test-newest: ## Run the tests on the newest dependencies that resolve together
 	@[ ! -f $(VENV)-newest/.made-for ] || rm -rf $(VENV)-newest
-	@$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS=$(NEWEST)
+	@$(MAKE) --no-print-directory test VENV=$(VENV)-newest CONSTRAINTS=$(NEWEST)
 
 .PHONY: lint
 lint: style types contracts ## Check style, types and the direction of imports
