@@ -83,6 +83,16 @@ def is_ignorable(name: str) -> bool:
     return _NOT_TEXT.fullmatch(name) is not None
 
 
+def naming(columns: Mapping[str, str]) -> str:
+    """How a user says {role: column}: as flags of the command, and in a config file."""
+    flags = " ".join(f"--columns {role}={column}" for role, column in columns.items())
+    return f"{flags} (in a config file, columns: {{{', '.join(f'{role}: {name}' for role, name in columns.items())}}})"
+
+
+# The example that errors give where the columns' names do not tell.
+EXAMPLE = naming({"anchor": "my_q", "positive": "my_doc"})
+
+
 def detect_columns(names: Sequence[str], where: str, mapping: Mapping[str, str] | None = None) -> Columns:
     """Say what each of the columns `names` is for.
 
@@ -183,7 +193,7 @@ def _ordered(texts: list[str], where: str, *, strict: bool) -> tuple[str, ...]:
         raise DataError(
             f"cannot tell what it is for beside '{lead[0]}' and '{lead[1]}': a loss would take it for a negative",
             where=f"{where}, column {strange[0]}",
-            fix=f"Remove it, or name the columns to use, e.g. columns: {{{lead[0]}: {lead[0]}, {lead[1]}: {lead[1]}}}",
+            fix=f"Remove it, or name the columns to use, e.g. {naming({name: name for name in lead})}",
         )
     return (*lead, *negatives, *strange)
 
@@ -202,11 +212,11 @@ def _kind(texts: tuple[str, ...], label: str | None, where: str, names: Sequence
         return CLASSES
     found = f"The columns are: {', '.join(names) or '(none)'}"
     if not texts:
-        what, fix = "no column holds text", "Name the text columns, e.g. columns: {anchor: my_q, positive: my_doc}"
+        what, fix = "no column holds text", f"Name the text columns, e.g. {EXAMPLE}"
     elif label is None:
         what = f"'{texts[0]}' is the only text column and there is no label"
         fix = "Add a second text (anchor and positive) or a label"
     else:
         what = f"{len(texts)} text columns and the label '{label}' together fit no loss"
-        fix = "Name those to use, e.g. columns: {anchor: my_q, positive: my_doc} or {text: my_text, label: my_label}"
+        fix = f"Name those to use, e.g. {EXAMPLE}"
     raise DataError(what, where=where, fix=f"{fix}. {found}")

@@ -4,79 +4,143 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
+# The panels that `burnish train --help` groups its flags in.
+DATA, MODEL, ADAPTER, TRAINING, MACHINE, RESULTS = "Data", "Model", "Adapter", "Training", "Machine", "Results"
 
-def _option(default: Any, about: str, *, at_least: float | None = None, above: float | None = None) -> Any:
-    """A field with its help text (shown by `burnish train --help`) and its lower bound."""
-    metadata = {"help": about, "at_least": at_least, "above": above}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What the help says of a field, and the bounds of its value.
+
+    Args:
+        panel: The group of flags it stands in.
+        help: One line.
+        at_least, above, below, at_most: Bounds, where the value is a number.
+    """
+
+    panel: str
+    help: str
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def bounds(self) -> str:
+        """The bounds in words: "at least 0 and less than 1"."""
+        parts = {
+            "at least": self.at_least,
+            "more than": self.above,
+            "less than": self.below,
+            "at most": self.at_most,
+        }
+        return " and ".join(f"{word} {bound:.10g}" for word, bound in parts.items() if bound is not None) or "finite"
+
+    def allows(self, value: float) -> bool:
+        """Whether `value` is a number within the bounds."""
+        return (
+            (isinstance(value, int) or math.isfinite(value))
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+
+Text = str | None
+Count = int | None
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything about one fine-tuning run. Field names are the YAML keys, and with dashes the flags."""
+    """Everything about one fine-tuning run. Field names are the YAML keys, and with dashes the flags.
 
-    model: str = field(metadata={"help": "Hub id or folder of the model to fine-tune"})
-    train: str = field(metadata={"help": "Training data: .jsonl, .csv, .parquet, a datasets folder, a retrieval folder, or a Hub id"})
-    split: str = _option("train", "Split of a datasets folder, a retrieval folder or a Hub data set")
-    columns: dict[str, str] = _option({}, "Your column for each role, e.g. anchor=question (YAML: a mapping)")
-    on_bad_row: Literal["stop", "skip"] = _option("stop", "At a bad row: stop and name it, or skip and count it")
-    max_rows: int | None = _option(None, "Read at most this many good rows", at_least=2)
-    eval: str | None = _option(None, "Held-out retrieval folder (queries, corpus, qrels), measured before and after")
-    eval_split: str = _option("test", "Which qrels of the retrieval folder to measure on")
-    name: str | None = _option(None, "Name of the run; its folder is RUNS/NAME")
-    runs: str = _option("runs", "Folder that holds the runs")
-    overwrite: bool = _option(False, "Replace the results of an earlier run of this name")
-    resume: bool = _option(False, "Go on from the last checkpoint of the run of this name")
-    method: Literal["lora", "full"] = _option("lora", "Train an adapter, or every weight")
-    rank: int = _option(16, "LoRA rank", at_least=1)
-    alpha: float = _option(32.0, "LoRA alpha: the adapter counts alpha / rank times", above=0)
-    lora_dropout: float = _option(0.0, "Dropout on the adapter's input", at_least=0)
-    loss: str | None = _option(None, "Sentence Transformers loss by class name; left out, the columns decide")
-    epochs: float = _option(1.0, "Passes over the training data", above=0)
-    max_steps: int | None = _option(None, "Stop after this many optimizer steps instead", at_least=1)
-    batch_size: int = _option(32, "Pairs in a batch: with in-batch negatives, also their number", at_least=2)
-    accumulation: int = _option(1, "Batches per optimizer step (they share no negatives)", at_least=1)
-    learning_rate: float | None = _option(None, "Peak learning rate; left out, 1e-3 for lora and 5e-5 for full", above=0)
-    warmup: float = _option(0.0, "Share of the steps over which the learning rate rises", at_least=0)
-    max_seq_length: int | None = _option(None, "Longest text in tokens; left out, the model's own", at_least=1)
-    checkpointing: bool = _option(False, "Recompute activations in the backward pass: less memory, more time")
-    save_steps: int | None = _option(None, "Write a checkpoint to resume from every so many steps", at_least=1)
-    log_steps: int = _option(10, "Log the loss every so many steps", at_least=1)
-    eval_batch_size: int = _option(64, "Texts in a batch when encoding for the evaluation", at_least=1)
-    seed: int = _option(42, "Seed of data order, dropout and the adapter", at_least=0)
-    dtype: Literal["float32", "bfloat16", "float16"] | None = _option(None, "Dtype of the weights; left out, the family's policy")
-    load_in_4bit: bool = _option(False, "Store the frozen base in 4 bits (CUDA)")
-    load_in_8bit: bool = _option(False, "Store the frozen base in 8 bits (CUDA)")
-    device: str | None = _option(None, "cpu, cuda, cuda:1, mps; left out, the best there is")
-    backend: str = _option("auto", "Execution backend by name")
-    packed: bool | None = _option(None, "Unpadded input: yes, no, or left out for where it is exact")
-    plugins: list[str] | None = field(default=None, metadata={"help": "Plugin to use by name, also in place of a built-in"})
-    trust_remote_code: bool = _option(False, "Let the model repository's own Python run")
-    revision: str | None = _option(None, "Branch, tag or commit of the model")
+    Raises:
+        ConfigError: If a value is of the wrong type or out of range, or two contradict each other.
+    """
+
+    train: Annotated[str, Option(DATA, "A .jsonl, .csv or .parquet file, a datasets or retrieval folder, or a Hub id")]
+    split: Annotated[str, Option(DATA, "Split of a folder or Hub data set; a single file has only train")] = "train"
+    columns: Annotated[
+        dict[str, str], Option(DATA, "Your column for a role, as ROLE=COLUMN (in YAML a mapping); repeat for each role")
+    ] = field(default_factory=dict)
+    on_bad_row: Annotated[
+        Literal["stop", "skip"], Option(DATA, "At a bad row: stop and name it, or skip it and count it")
+    ] = "stop"
+    max_rows: Annotated[Count, Option(DATA, "Read at most this many good rows", at_least=2)] = None
+    eval: Annotated[Text, Option(DATA, "Retrieval folder (queries, corpus, qrels), measured before and after")] = None
+    eval_split: Annotated[str, Option(DATA, "Which qrels of the retrieval folder to measure on")] = "test"
+
+    model: Annotated[str, Option(MODEL, "Hub id or folder of the model to fine-tune")]
+    revision: Annotated[Text, Option(MODEL, "Branch, tag or commit of the model")] = None
+    trust_remote_code: Annotated[bool, Option(MODEL, "Let the model repository's own Python run")] = False
+    max_seq_length: Annotated[Count, Option(MODEL, "Longest text in tokens; left out, the model's own", 1)] = None
+    dtype: Annotated[DType | None, Option(MODEL, "Dtype of the weights; left out, the family's policy")] = None
+    load_in_4bit: Annotated[bool, Option(MODEL, "Store the frozen base in 4 bits (CUDA)")] = False
+    load_in_8bit: Annotated[bool, Option(MODEL, "Store the frozen base in 8 bits (CUDA)")] = False
+
+    method: Annotated[Literal["lora", "full"], Option(ADAPTER, "Train an adapter, or every weight")] = "lora"
+    rank: Annotated[int, Option(ADAPTER, "LoRA rank", at_least=1)] = 16
+    alpha: Annotated[float, Option(ADAPTER, "LoRA alpha: the adapter counts alpha / rank times", above=0)] = 32.0
+    lora_dropout: Annotated[float, Option(ADAPTER, "Dropout on the adapter's input", at_least=0, below=1)] = 0.0
+
+    loss: Annotated[Text, Option(TRAINING, "Sentence Transformers loss by name; left out, the columns decide")] = None
+    epochs: Annotated[float, Option(TRAINING, "Passes over the training data", above=0)] = 1.0
+    max_steps: Annotated[Count, Option(TRAINING, "Stop after this many optimizer steps instead", at_least=1)] = None
+    batch_size: Annotated[int, Option(TRAINING, "Pairs in a batch: in-batch negatives come from it", at_least=2)] = 32
+    accumulation: Annotated[int, Option(TRAINING, "Batches in an optimizer step (they share no negatives)", 1)] = 1
+    learning_rate: Annotated[
+        float | None, Option(TRAINING, "Peak learning rate; left out, 1e-3 for lora and 5e-5 for full", above=0)
+    ] = None
+    warmup: Annotated[float, Option(TRAINING, "Share of the steps over which the rate rises", at_least=0, below=1)] = (
+        0.0
+    )
+    checkpointing: Annotated[bool, Option(TRAINING, "Recompute activations: less memory, more time")] = False
+    seed: Annotated[int, Option(TRAINING, "Seed of data order, dropout and adapter", at_least=0, at_most=2**32 - 1)] = (
+        42
+    )
+
+    device: Annotated[Text, Option(MACHINE, "cpu, cuda, cuda:1, mps; left out, the best there is")] = None
+    backend: Annotated[str, Option(MACHINE, "How a step is executed: a backend's name, or auto")] = "auto"
+    packed: Annotated[bool | None, Option(MACHINE, "Unpadded input; left out, wherever it is exact")] = None
+    plugins: Annotated[list[str] | None, Option(MACHINE, "Plugin to use by name, also in place of a built-in")] = None
+    eval_batch_size: Annotated[int, Option(MACHINE, "Texts in a batch when encoding for the evaluation", 1)] = 64
+
+    name: Annotated[Text, Option(RESULTS, "Name of the run; its folder is RUNS/NAME. Left out: MODEL-DATA")] = None
+    runs: Annotated[str, Option(RESULTS, "Folder that holds the runs")] = "runs"
+    overwrite: Annotated[bool, Option(RESULTS, "Replace the results of an earlier run of this name")] = False
+    save_steps: Annotated[Count, Option(RESULTS, "Write a checkpoint to resume from every so many steps", 1)] = None
+    resume: Annotated[bool, Option(RESULTS, "Go on from the last whole checkpoint of the run of this name")] = False
+    log_steps: Annotated[int, Option(RESULTS, "Log the loss every so many steps", at_least=1)] = 10
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for entry in fields(self):
-            _check(entry, hints[entry.name], getattr(self, entry.name))
+        for name, (hint, option) in described().items():
+            _check(name, hint, option, getattr(self, name))
         if self.method == "full" and (self.load_in_4bit or self.load_in_8bit):
-            raise ConfigError("quantised weights cannot be trained in full", where="method", fix="Use method: lora, or drop load_in_4bit/load_in_8bit")
+            fix = "Use method lora, or drop load_in_4bit and load_in_8bit"
+            raise ConfigError("quantised weights cannot be trained in full", where="method", fix=fix)
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("both are set", where="load_in_4bit, load_in_8bit", fix="Set one of them")
         if self.overwrite and self.resume:
-            raise ConfigError("both are set", where="overwrite, resume", fix="Pass one of them")
+            raise ConfigError("both are set", where="overwrite, resume", fix="Set one of them")
+        if self.name is not None and self.name != Path(self.name).name:
+            raise ConfigError(
+                f"{self.name!r} is not the name of one folder", where="name", fix="Put the path into runs"
+            )
 
     @property
     def run_name(self) -> str:
         """The run's name: as given, or from the model and the data."""
-        return self.name or f"{Path(self.model).name}-{Path(self.train.split(':')[0]).stem.split('.')[0]}"
+        data = self.train.partition(":")[0] if not Path(self.train).exists() else self.train
+        return self.name or f"{Path(self.model).name}-{Path(data).name.split('.')[0]}"
 
     @property
     def folder(self) -> Path:
@@ -89,19 +153,22 @@ class RunConfig:
         return self.learning_rate if self.learning_rate is not None else {"lora": 1e-3, "full": 5e-5}[self.method]
 
 
-def field_types() -> dict[str, Any]:
-    """The type of every option, resolved."""
-    return get_type_hints(RunConfig)
+def described() -> dict[str, tuple[Any, Option]]:
+    """{field: (its type, its `Option`)} of every field of `RunConfig`, in order."""
+    return {name: (hint.__origin__, hint.__metadata__[0]) for name, hint in _hints().items()}
 
 
-def _check(entry: Field[Any], hint: Any, value: Any) -> None:
+def _hints() -> dict[str, Any]:
+    return get_type_hints(RunConfig, include_extras=True)
+
+
+def _check(name: str, hint: Any, option: Option, value: Any) -> None:
     if not _fits(hint, value):
-        raise ConfigError(f"{value!r} is not {_words(hint)}", where=entry.name, fix=str(entry.metadata["help"]))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        least, above = entry.metadata.get("at_least"), entry.metadata.get("above")
-        if not math.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above):
-            bound = f"at least {least:g}" if least is not None else f"more than {above:g}" if above is not None else "finite"
-            raise ConfigError(f"{value!r} is out of range", where=entry.name, fix=f"Use a number that is {bound}")
+        raise ConfigError(f"{value!r} is not {_words(hint)}", where=name, fix=f"What it is: {option.help}")
+    if isinstance(value, str) and not value.strip():
+        raise ConfigError("is empty", where=name, fix=f"What it is: {option.help}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not option.allows(value):
+        raise ConfigError(f"{value!r} is out of range", where=name, fix=f"Use a number that is {option.bounds()}")
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -109,7 +176,7 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(part, value) for part in get_args(hint))
     if origin is Literal:
-        return value in get_args(hint) and not isinstance(value, bool)
+        return isinstance(value, str) and value in get_args(hint)
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair)
     if origin is list:
@@ -118,19 +185,19 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return value is None if hint is type(None) else isinstance(value, hint)
+    return isinstance(value, hint)
 
 
 def _words(hint: Any) -> str:
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     origin = get_origin(hint)
     if origin in (Union, UnionType):
-        return " or ".join(_words(part) for part in get_args(hint) if part is not type(None))
+        return " or ".join(_words(part) for part in get_args(hint) if part is not NoneType)
     if origin is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if origin is dict:
         return "a mapping of text to text"
-    return "a list of texts" if origin is list else names.get(hint, str(hint))
+    return "a list of texts" if origin is list else names[hint]
 
 
 def make_config(values: Mapping[str, Any], where: str) -> RunConfig:
@@ -142,11 +209,13 @@ def make_config(values: Mapping[str, Any], where: str) -> RunConfig:
     known = [entry.name for entry in fields(RunConfig)]
     for key in values:
         if key not in known:
-            near = get_close_matches(str(key), known, 1)
-            raise ConfigError(f"unknown key {key!r}", where=where, fix=f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}")
+            near = get_close_matches(str(key).replace("-", "_"), known, 1)
+            fix = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}"
+            raise ConfigError(f"unknown key {key!r}", where=where, fix=fix)
     for required in ("model", "train"):
         if values.get(required) is None:
-            raise ConfigError(f"{required!r} is missing", where=where, fix=f"Add `{required}: …` to the file, or --{required} to the command")
+            fix = f"Add `{required}: …` to the file, or --{required} to the command"
+            raise ConfigError(f"{required!r} is missing", where=where, fix=fix)
     return RunConfig(**values)
 
 
@@ -156,16 +225,23 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: If the file cannot be read or is not a mapping, with the line; or as `make_config`.
     """
-    import yaml
+    try:
+        import yaml
+    except ImportError as error:
+        fix = "pip install 'burnish[cli]'"
+        raise ConfigError("reading a config file needs PyYAML, which is not installed", fix=fix) from error
+    from .yaml_config import Loader
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read ({error})", where=str(path), fix="Check the path") from error
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot be read ({reason})", where=str(path), fix="Check the path and the file") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"is not YAML ({getattr(error, 'problem', error)})", where=line, fix="Mend that line") from error
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"is not valid YAML ({problem})", where=line, fix="Mend that line") from error
     if not isinstance(values, dict):
         raise ConfigError("holds no mapping of keys to values", where=str(path), fix="Write lines such as `model: …`")
     return make_config({**values, **overrides}, str(path))

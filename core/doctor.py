@@ -37,7 +37,8 @@ def plugin_rows(*, check: bool = False) -> tuple[list[tuple[str, ...]], bool]:
         check: Import each plugin that is on and ask it everything it claims; otherwise nothing is imported.
     """
     plugins = registry()
-    rows, broken = [], False
+    rows: list[tuple[str, ...]] = []
+    broken = False
     for plugin in plugins.plugins:
         health = plugin.state if plugin.state == "on" else f"{plugin.state}: {plugin.reason}"
         if plugin.state == "on" and check and (failure := _ask_all(plugins, plugin)):
@@ -45,12 +46,19 @@ def plugin_rows(*, check: bool = False) -> tuple[list[tuple[str, ...]], bool]:
         elif plugin.state == "on" and check:
             health = "healthy"
         broken = broken or plugin.state == "refused"
-        rows.append((plugin.name, _provides(plugin), plugin.distribution, plugin.version, ", ".join(plugin.values("contract")), health))
+        contract = ", ".join(plugin.values("contract"))
+        rows.append((plugin.name, _provides(plugin), plugin.distribution, plugin.version, contract, health))
     return rows, broken
 
 
 def _provides(plugin: Plugin) -> str:
-    words = {"model_type": "family for", "fallback": "fallback", "backend": "backend", "operation": "kernel", "observer": "observer"}
+    words = {
+        "model_type": "family for",
+        "fallback": "fallback",
+        "backend": "backend",
+        "operation": "kernel",
+        "observer": "observer",
+    }
     parts = [
         f"{words.get(kind, kind)} {', '.join(plugin.values(kind))}"
         for kind in ("model_type", "fallback", "backend", "operation", "exporter", "command", "observer")
@@ -100,10 +108,12 @@ def explain(
     from sentence_transformers.util import get_device_name
 
     purpose: Purpose = "full" if full_finetuning else "adapters"
-    options = LoadOptions(purpose=purpose, backend=backend, plugins=None if plugins is None else tuple(plugins), quiet=True)
+    named = None if plugins is None else tuple(plugins)
+    options = LoadOptions(purpose=purpose, backend=backend, plugins=named, quiet=True)
     repository = read_repository(model, trust_remote_code=trust_remote_code)
     decision = decide(options, repository.config, device or get_device_name(), base=repository.base)
     transformer = _skeleton(repository, trust_remote_code)
+    left = [("-", line) for line in decision.family.family.leaves]
     return [
         ("Model", _model_rows(repository)),
         ("Family", [*_family_rows(decision), ("pooling", _pooling(decision, repository))]),
@@ -111,7 +121,7 @@ def explain(
         ("Backend", _backend_rows(decision)),
         ("Patches", _patch_rows(decision, transformer)),
         ("LoRA", _lora_rows(decision, transformer)),
-        ("Left on the table", [("-", line) for line in decision.family.family.leaves] or [("-", "nothing that the family knows of")]),
+        ("Left on the table", left or [("-", "nothing that the family knows of")]),
     ]
 
 
@@ -121,7 +131,9 @@ def _skeleton(repository: Repository, trust_remote_code: bool) -> PreTrainedMode
     from transformers import AutoModel
 
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModel.from_config(repository.config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
+            repository.config, trust_remote_code=trust_remote_code
+        )
     return model
 
 
@@ -129,8 +141,9 @@ def _model_rows(repository: Repository) -> list[tuple[str, str]]:
     rows = [("name", repository.name), ("model type", repository.config.model_type)]
     if repository.base:
         rows.append(("adapter over", repository.base))
-    kind = "Sentence Transformers folder" if "modules.json" in repository.files else "bare transformer (no modules.json)"
-    return [*rows, ("layout", kind)]
+    is_st = "modules.json" in repository.files
+    layout = "Sentence Transformers folder" if is_st else "bare transformer (no modules.json)"
+    return [*rows, ("layout", layout)]
 
 
 def _considered(items: Iterable[Considered]) -> list[tuple[str, str]]:
@@ -139,29 +152,37 @@ def _considered(items: Iterable[Considered]) -> list[tuple[str, str]]:
 
 def _family_rows(decision: Decision) -> list[tuple[str, str]]:
     choice = decision.family
-    return [("chosen", f"{choice.family.name} of {choice.plugin.label}: {choice.reason}"), *_considered(choice.considered)]
+    return [
+        ("chosen", f"{choice.family.name} of {choice.plugin.label}: {choice.reason}"),
+        *_considered(choice.considered),
+    ]
 
 
 def _pooling(decision: Decision, repository: Repository) -> str:
     if "modules.json" in repository.files:
         return "as modules.json says, exactly"
     rule = decision.family.family.default_pooling(repository.config, repository.files)
-    return f"{rule.mode}, {'normalised' if rule.normalize else 'not normalised'} (default of family {decision.family.family.name})"
+    normal = "normalised" if rule.normalize else "not normalised"
+    return f"{rule.mode}, {normal} (default of family {decision.family.family.name})"
 
 
 def _weight_rows(decision: Decision) -> list[tuple[str, str]]:
     machine = decision.machine
-    rows = [("device", machine.device + (f", compute capability {machine.compute_capability}" if machine.compute_capability else ""))]
-    rows.append(("weights", str(decision.precision)))
+    capability = f", compute capability {machine.compute_capability}" if machine.compute_capability else ""
+    rows = [("device", f"{machine.device}{capability}"), ("weights", str(decision.precision))]
     rows += [("never in", f"{dtype}: {why}") for dtype, why in decision.family.family.precision.refused.items()]
     return [*rows, ("input", f"{'packed' if decision.packed else 'padded'}: {decision.packed_reason}")]
 
 
 def _backend_rows(decision: Decision) -> list[tuple[str, str]]:
     choice = decision.backend
-    rows = [("chosen", f"{choice.spec.name} of {choice.plugin.label}: {choice.reason}"), *_considered(choice.considered)]
+    rows = [
+        ("chosen", f"{choice.spec.name} of {choice.plugin.label}: {choice.reason}"),
+        *_considered(choice.considered),
+    ]
     if decision.attention is not None:
-        rows.append(("kernel", f"packed_attention: {decision.attention.spec.name} of {decision.attention.plugin.label}"))
+        kernel = decision.attention
+        rows.append(("kernel", f"packed_attention: {kernel.spec.name} of {kernel.plugin.label}"))
     return rows
 
 
@@ -169,12 +190,15 @@ def _patch_rows(decision: Decision, transformer: PreTrainedModel) -> list[tuple[
     choice = decision.family
     patches = choice.family.patches(transformer, decision.machine)
     plan = PatchPlan([Claim(owner=choice.plugin.label, patch=patch) for patch in patches])
-    return [(path, f"{patch}: {why}") for path, patch, _, why in plan.rows()] or [("-", "none: transformers' modules as they are")]
+    rows = [(path, f"{patch}: {why}") for path, patch, _, why in plan.rows()]
+    return rows or [("-", "none: transformers' modules as they are")]
 
 
 def _lora_rows(decision: Decision, transformer: PreTrainedModel) -> list[tuple[str, str]]:
     from .adapters import lora_layers
 
     layers, dead = lora_layers(transformer, decision.family.family.lora)
-    rows = [("layers", f"{len(layers)} linear layers: {', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}")]
+    rows = [
+        ("layers", f"{len(layers)} linear layers: {', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}")
+    ]
     return [*rows, *(("left out", f"{name}: nothing reads its output") for name in dead)]

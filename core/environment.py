@@ -8,9 +8,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RECORDED = (
-    "burnish", "torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors",
-    "triton", "bitsandbytes",
-)  # fmt: skip
+    "burnish",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "triton",
+    "bitsandbytes",
+)
 
 
 def versions() -> dict[str, str]:

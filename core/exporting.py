@@ -30,6 +30,8 @@ def export_folder(source: Path, output: Path, target: str, options: Sequence[str
         raise ConfigError(f"no enabled plugin exports to {target!r}", where="--target", fix=fix)
     if not source.is_dir():
         raise ConfigError("is not a folder", where=str(source), fix="Pass the folder of a saved model or adapter")
+    if output.resolve() == source.resolve():
+        raise ConfigError("is also the folder to read from", where=f"--to {output}", fix="Write into another folder")
     spec = offers[target][1]
     if missing := spec.needs.missing(describe("cpu")):
         raise ConfigError(missing, where=f"--target {target}", fix="Install what is missing")
@@ -43,8 +45,9 @@ def _options(given: Sequence[str]) -> dict[str, str]:
     pairs = {}
     for item in given:
         key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{item!r} is not KEY=VALUE", where="--option", fix="Write for instance --option dtype=16bit")
+        if not equals or not key or not value:
+            fix = "Write for instance --option dtype=16bit"
+            raise ConfigError(f"{item!r} is not KEY=VALUE", where="--option", fix=fix)
         pairs[key] = value
     return pairs
 
@@ -57,9 +60,14 @@ def plugin_command(name: str) -> Callable[[Sequence[str]], int] | None:
     """
     plugins = registry()
     claimants = plugins.claimants("command", name)
-    offers = [(plugin, spec) for plugin, spec in plugins.collect(claimants, "burnish_register_commands", CommandSpec) if spec.name == name]
+    offers = [
+        (plugin, spec)
+        for plugin, spec in plugins.collect(claimants, "burnish_register_commands", CommandSpec)
+        if spec.name == name
+    ]
     if len(offers) > 1:
-        raise PluginError(f"{offers[0][0].label} and {offers[1][0].label} both offer the command {name!r}", fix="Disable one of them")
+        both = f"{offers[0][0].label} and {offers[1][0].label}"
+        raise PluginError(f"{both} both offer the command {name!r}", fix="Disable one of them")
     for plugin in claimants:
         if plugin.id in plugins.failures:
             raise plugins.failures[plugin.id].error()
@@ -73,9 +81,12 @@ def merged(request: ExportRequest) -> Sequence[Path]:
     methods = {"16bit": "merged_16bit", "32bit": "merged_32bit"}
     unknown = sorted(set(request.options) - {"dtype"})
     if unknown or request.options.get("dtype", "16bit") not in methods:
-        raise ConfigError(f"{dict(request.options)} is not understood", where="--option", fix="The target merged takes dtype=16bit or dtype=32bit")
+        given = ", ".join(f"{key}={value}" for key, value in request.options.items())
+        fix = "The target merged takes dtype=16bit or dtype=32bit"
+        raise ConfigError(f"{given} is not understood", where="--option", fix=fix)
     if not (request.source / "adapter_config.json").exists():
-        raise ModelError("holds no adapter to merge", where=str(request.source), fix="Pass an adapter folder; a full model needs no merging")
+        fix = "Pass an adapter folder; a full model needs no merging"
+        raise ModelError("holds no adapter to merge", where=str(request.source), fix=fix)
     model = FastSentenceTransformer.from_pretrained(str(request.source), for_inference=True, device="cpu")
     made = request.output / "model"
     model.save_pretrained_merged(made, save_method=methods.get(request.options.get("dtype", "")))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from .columns import CLASSES, LABELLED_PAIRS, PAIRS, Columns, is_ignorable
+from .columns import CLASSES, EXAMPLE, LABELLED_PAIRS, PAIRS, Columns, is_ignorable
 from .errors import DataError
 from .readers import TO_UTF8, BadRow, Row, place
 
@@ -72,9 +72,9 @@ def text_fault(value: object) -> Fault | None:
         fix = "Give every text a column of its own, e.g. negative_1, negative_2"
         return Fault("cell is not text but a list", f"of {len(value)}", fix)
     if isinstance(value, bool | Real):
-        fix = "Write it as text, or name the text columns, e.g. columns: {anchor: my_q, positive: my_doc}"
+        fix = f"Write it as text, or name the text columns, e.g. {EXAMPLE}"
         return Fault("cell is not text but a number", repr(value), fix)
-    fix = "Write it as text, or name the text columns, e.g. columns: {anchor: my_q, positive: my_doc}"
+    fix = f"Write it as text, or name the text columns, e.g. {EXAMPLE}"
     return Fault(f"cell is not text but {type(value).__name__}", "", fix)
 
 
@@ -188,14 +188,14 @@ class RowChecker:
         if self._names is not None and not row.cells.keys() <= self._names:
             extra = next((name for name in row.cells if name not in self._names and not is_ignorable(name)), None)
             if extra is not None:
-                fix = "Give every row the same columns, or name those to use, e.g. columns: {anchor: …, positive: …}"
+                fix = f"Give every row the same columns, or name those to use, e.g. {EXAMPLE}"
                 return BadRow(row=row.number, column=extra, reason="the first row has no such column", fix=fix)
         self._remember(texts)
         return GoodRow(row.number, texts, label)
 
     def _missing(self, row: Row, name: str) -> BadRow:
         detail = f"it has {', '.join(map(str, row.cells)) or 'no columns'}"
-        fix = "Add it, or name the columns to use, e.g. columns: {anchor: my_q, positive: my_doc}"
+        fix = f"Add it, or name the columns to use, e.g. {EXAMPLE}"
         return BadRow(row=row.number, column=name, reason="row lacks the column", detail=detail, fix=fix)
 
     def _remember(self, texts: list[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit: 0 done, 1 failed check, 2 wrong use, 3 bad data, 4 model, 5 plugin, 130 interrupted."""
+    """Run the program and exit: 0 done, 1 failed, 2 wrong use, 3 bad data, 4 model, 5 plugin, 130 interrupted."""
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -17,9 +17,11 @@ def run(arguments: list[str]) -> int:
     from ..errors import BurnishError
 
     try:
+        import rich  # noqa: F401
         import typer  # noqa: F401
-    except ImportError:
-        print("error: the command line needs an extra. Run: pip install 'burnish[cli]'", file=sys.stderr)
+        import yaml  # noqa: F401
+    except ImportError as error:
+        print(f"error: the command line needs {error.name}. Run: pip install 'burnish[cli]'", file=sys.stderr)
         return 2
     from .app import dispatch
 
@@ -37,5 +39,5 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("BURNISH_DEBUG") or error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}. What was being written has been taken back; mend the cause and run again", file=sys.stderr)
+        print(f"error: {where}{error.strerror}. Mend the cause and run again", file=sys.stderr)
         return 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from ..evaluate import RetrievalResult
     from ..runs import RunResult
 
 
@@ -44,21 +45,40 @@ def sections(parts: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> None:
         console.print()
 
 
+def scores(title: str, result: RetrievalResult) -> None:
+    """Print one measurement: each metric with its interval."""
+    values = result.as_json()
+    rows = [
+        (name, f"{values[name]:.4f}", "{:.4f} to {:.4f}".format(*values["intervals"][name]))
+        for name in result.metrics()
+    ]
+    table(title, ("metric", "value", "95% interval"), rows)
+
+
 def outcome(result: RunResult) -> None:
     """Print a finished run: the scores before and after, and where everything is."""
     metrics = result.metrics
     if "before" in metrics:
-        rows = []
-        for name in (name for name in metrics["after"] if "@" in name):
-            low, high = metrics["gain"]["intervals"][name]
-            gain = f"{metrics['gain'][name]:+.4f} ({low:+.4f} to {high:+.4f})"
-            rows.append((name, f"{metrics['before'][name]:.4f}", f"{metrics['after'][name]:.4f}", gain))
-        table(f"Held-out retrieval, {metrics['after']['queries']} queries", ("metric", "before", "after", "gain (95% interval)"), rows)
+        table(
+            f"Held-out retrieval, {metrics['after']['queries']} queries",
+            ("metric", "before", "after", "gain (95% interval)"),
+            [_gained(metrics, name) for name in metrics["after"] if "@" in name],
+        )
     console = _console()
-    seconds = metrics["seconds"]
-    console.print(f"\ntrained {metrics['training']['pairs']:,} pairs in {seconds['train']:.0f} s; all together {sum(seconds.values()):.0f} s")
+    training, seconds = metrics["training"], metrics["seconds"]
+    skipped = f" ({training['skipped_rows']:,} bad rows skipped)" if training["skipped_rows"] else ""
+    pairs = f"{training['pairs']:,} pairs{skipped}"
+    console.print(f"\ntrained {pairs} in {seconds['train']:.0f} s; all together {sum(seconds.values()):.0f} s")
     kept = "merged" if (result.folder / "merged").exists() else "model"
-    console.print(Text(f"report   {result.folder / 'report.html'}"))
-    console.print(Text(f"model    {result.folder / kept}   (load it with SentenceTransformer({str(result.folder / kept)!r}))"))
+    model = result.folder / kept
+    if (result.folder / "report.html").exists():
+        console.print(Text(f"report   {result.folder / 'report.html'}"))
+    console.print(Text(f"model    {model}   (load it with SentenceTransformer({str(model)!r}))"))
     if kept == "merged":
         console.print(Text(f"adapter  {result.folder / 'adapter'}"))
+
+
+def _gained(metrics: dict[str, Any], name: str) -> tuple[str, str, str, str]:
+    low, high = metrics["gain"]["intervals"][name]
+    gain = f"{metrics['gain'][name]:+.4f} ({low:+.4f} to {high:+.4f})"
+    return name, f"{metrics['before'][name]:.4f}", f"{metrics['after'][name]:.4f}", gain

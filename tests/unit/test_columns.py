@@ -110,7 +110,14 @@ def test_kinds(names: tuple[str, ...], kind: str) -> None:
     ("names", "parts"),
     [
         ((), ("data.csv: no column holds text.", "(none)")),
-        (("query_id", "doc_id"), ("data.csv: no column holds text.", "columns: {anchor: my_q", "query_id, doc_id")),
+        (
+            ("query_id", "doc_id"),
+            (
+                "data.csv: no column holds text.",
+                "--columns anchor=my_q --columns positive=my_doc (in a config file, columns: {anchor: my_q",
+                "query_id, doc_id",
+            ),
+        ),
         (("text",), ("data.csv: 'text' is the only text column and there is no label.", "Add a second text")),
         (
             ("a", "b", "c", "label"),
@@ -132,7 +139,8 @@ def test_metadata_beside_known_names_is_not_taken_for_negatives() -> None:
         detect_columns(["source", "positive", "anchor"], "data.csv")
     assert str(caught.value) == (
         "data.csv, column source: cannot tell what it is for beside 'anchor' and 'positive': a loss would take it for "
-        "a negative. Remove it, or name the columns to use, e.g. columns: {anchor: anchor, positive: positive}"
+        "a negative. Remove it, or name the columns to use, e.g. --columns anchor=anchor --columns positive=positive "
+        "(in a config file, columns: {anchor: anchor, positive: positive})"
     )
 
 

@@ -158,7 +158,8 @@ def test_a_good_row_comes_in_loss_order() -> None:
             PAIRS,
             {"anchor": "x"},
             "f, row 9, column positive: row lacks the column (it has anchor). Add it, or name the columns to use, "
-            "e.g. columns: {anchor: my_q, positive: my_doc}, or leave such rows out with --on-bad-row=skip",
+            "e.g. --columns anchor=my_q --columns positive=my_doc (in a config file, columns: {anchor: my_q, positive: "
+            "my_doc}), or leave such rows out with --on-bad-row=skip",
         ),
         (PAIRS, {}, "f, row 9, column anchor: row lacks the column (it has no columns). Add it"),
         (SCORED, {"a": "x", "b": "y"}, "f, row 9, column score: row lacks the column (it has a, b). Add it"),
