@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sentence_transformers
 import torch
+from sentence_transformers import SentenceTransformer as Stock
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling as PoolingModule
 from torch import nn
@@ -23,6 +24,7 @@ from .errors import ConfigError
 from .files import atomic_folder
 from .loading import Decision, Repository, check_length, decide, has_transformer, read_repository
 from .options import LoadOptions, model_kwargs_dtype
+from .packing import POOLS_PACKED_PROMPTS, padded
 from .precision import PrecisionChoice
 from .preparation import Preparation, attention_name, describe_pooling, prepare, set_checkpointing
 
@@ -30,11 +32,11 @@ if TYPE_CHECKING:
     from typing import Self
 
 # Where `encode` takes, after `self`, what it shall return.
-_OUTPUT_VALUE = list(signature(sentence_transformers.SentenceTransformer.encode).parameters).index("output_value") - 1
+_OUTPUT_VALUE = list(signature(Stock.encode).parameters).index("output_value") - 1
 _SENTENCE = "sentence_embedding"
 
 
-class SentenceTransformer(sentence_transformers.SentenceTransformer):
+class SentenceTransformer(Stock):
     """`sentence_transformers.SentenceTransformer`, prepared for training: one changed import moves a script.
 
     Takes what that class takes, plus `options`. Made without options it is loaded for full fine-tuning, in float32
@@ -179,7 +181,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         if self.burnish is not None:
             self.burnish.decision.registry.observers("model_saved")(model=self, folder=Path(path))
 
-    def merged(self, save_method: str | None = None) -> sentence_transformers.SentenceTransformer:
+    def merged(self, save_method: str | None = None) -> Stock:
         """A plain SentenceTransformer with the adapter folded in; this model keeps its adapter and can train on.
 
         See `save_pretrained_merged` for `save_method`.
@@ -221,20 +223,21 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             revision=revision, create_pr=create_pr, exist_ok=exist_ok,
         )  # fmt: skip
 
-    if not TYPE_CHECKING:  # for a checker the signature, with its overloads, stays Sentence Transformers' own
+    if not TYPE_CHECKING:  # for a checker the signatures, with their overloads, stay Sentence Transformers' own
 
-        @wraps(sentence_transformers.SentenceTransformer.encode)
+        @wraps(Stock.encode)
         def encode(self, *args: Any, **keywords: Any) -> Any:
             asked = args[_OUTPUT_VALUE] if len(args) > _OUTPUT_VALUE else keywords.get("output_value", _SENTENCE)
-            first = self._first_module()
-            if asked == _SENTENCE or not getattr(first, "can_flatten_inputs", False):
+            # Token embeddings are cut out by the attention mask, which packed input does not have.
+            with nullcontext() if asked == _SENTENCE else padded(self._first_module()):
                 return super().encode(*args, **keywords)
-            # Sentence Transformers cuts token embeddings out by the attention mask, which packed input does not have.
-            first.can_flatten_inputs = False
-            try:
-                return super().encode(*args, **keywords)
-            finally:
-                first.can_flatten_inputs = True
+
+        @wraps(Stock.preprocess)
+        def preprocess(self, inputs: Any, prompt: str | None = None, **keywords: Any) -> Any:
+            unsure = prompt and not POOLS_PACKED_PROMPTS
+            leaves_out = unsure and any(not getattr(module, "include_prompt", True) for module in self.children())
+            with padded(self._first_module()) if leaves_out else nullcontext():
+                return super().preprocess(inputs, prompt, **keywords)
 
     def activation_checkpointing_enable(
         self,

@@ -8,11 +8,14 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import sentence_transformers
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AttentionInterface, DataCollatorWithFlattening
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 
 # What a packed batch carries beside the token ids; the model hands these to its attention modules.
 PACKED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids"})
+
+# Sentence Transformers before 6.2 pools packed texts without their prompt otherwise than padded ones: the first token
+# is the prompt's, and a text cut shorter than the prompt shortens it for the whole batch.
+POOLS_PACKED_PROMPTS = Version(sentence_transformers.__version__) >= Version("6.2")
 
 # Losses of Sentence Transformers that read a batch of token ids as rows of texts, or hand it to a model that would.
 PADDED_LOSSES = {
@@ -96,6 +103,19 @@ def register_attention(name: str, operation: Callable[..., Tensor]) -> str:
     AttentionInterface.register(full, _attention(operation))
     AttentionMaskInterface.register(full, _mask)
     return full
+
+
+@contextmanager
+def padded(module: Any) -> Iterator[None]:
+    """Let the first module of a model pad its batches for the length of a block, if it packs them."""
+    packs = getattr(module, "can_flatten_inputs", False)
+    if packs:
+        module.can_flatten_inputs = False
+    try:
+        yield
+    finally:
+        if packs:
+            module.can_flatten_inputs = True
 
 
 @dataclass(slots=True)
