@@ -28,7 +28,9 @@ def _flash_attention() -> Callable[..., Any]:
 
 @hookimpl
 def burnish_register_backends() -> Iterable[BackendSpec]:
-    return [BackendSpec(name="reference", summary="plain PyTorch, one kernel at a time, any device", build_step=build_step)]
+    return [
+        BackendSpec(name="reference", summary="plain PyTorch, one kernel at a time, any device", build_step=build_step)
+    ]
 
 
 @hookimpl

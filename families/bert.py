@@ -33,7 +33,9 @@ def build(config: PretrainedConfig) -> Family:
         packing=Packing(position_offset=0),
         patches=patches,
         heads={"sequence-classification": Head(reads="first")},
-        exports=Exports(gguf="bert", onnx=True, refused={"gguf-reranker": "the converter drops the pooler before the classifier"}),
+        exports=Exports(
+            gguf="bert", onnx=True, refused={"gguf-reranker": "the converter drops the pooler before the classifier"}
+        ),
         leaves=("query, key and value are three GEMMs each layer; one would do",),
     )
 
