@@ -25,7 +25,7 @@ Spec = TypeVar("Spec", FamilySpec, BackendSpec, KernelSpec, ExporterSpec, Comman
 
 # What a stranger's code may raise and stays its own fault. Ctrl-C is the user's.
 FAULTS = (Exception, SystemExit)
-# An import longer than this is told. Our own families take a few milliseconds once transformers is there.
+# An import longer than this is told. A built-in family takes a few milliseconds once its transformers module is there.
 SLOW_SECONDS = 2.0
 # The claims a hook's answer must agree with.
 _KINDS: dict[type, tuple[str, ...]] = {
@@ -100,13 +100,18 @@ class Registry:
         if plugin.state == "refused":
             failure = self.failures[plugin.id] = Failure(plugin=plugin, reason=plugin.reason)
             return failure
+        started, shared = time.monotonic(), _shared_modules()
         try:
-            self._manager.register(_imported(plugin), plugin.id)
+            self._manager.register(import_module(plugin.module), plugin.id)
             self._manager.check_pending()
         except FAULTS as error:
             if self._manager.has_plugin(plugin.id):
                 self._manager.unregister(name=plugin.id)
             return self.quarantine(plugin, error)
+        took = time.monotonic() - started
+        if took > SLOW_SECONDS and shared == _shared_modules():
+            cost = f"if you do not need it: burnish plugins disable {plugin.name}"
+            warnings.warn(f"plugin {plugin.label} took {took:.1f} s to import; {cost}", PluginWarning, stacklevel=3)
         return None
 
     def quarantine(self, plugin: Plugin, error: BaseException) -> Failure:
@@ -177,15 +182,10 @@ def _claims(plugin: Plugin, kind: str, value: str | None) -> bool:
     return any(key == kind and value in (None, claim) for key, claim in plugin.claims)
 
 
-def _imported(plugin: Plugin) -> Any:
-    """The plugin's module. A slow import is told, unless torch came in with it: that is the same whoever is first."""
-    before, warm = time.monotonic(), "torch" in sys.modules
-    module = import_module(plugin.module)
-    took = time.monotonic() - before
-    if took > SLOW_SECONDS and warm == ("torch" in sys.modules):
-        cost = f"if you do not need it: burnish plugins disable {plugin.name}"
-        warnings.warn(f"plugin {plugin.label} took {took:.1f} s to import; {cost}", PluginWarning, stacklevel=4)
-    return module
+def _shared_modules() -> int:
+    """How many modules of the libraries that every model needs are loaded: whoever is first pays for those."""
+    libraries = ("torch", "transformers", "sentence_transformers", "peft")
+    return sum(name.split(".", 1)[0] in libraries for name in sys.modules)
 
 
 def _place(error: BaseException) -> str:
