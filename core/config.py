@@ -131,7 +131,7 @@ class RunConfig:
             raise ConfigError("both are set", where="load_in_4bit, load_in_8bit", fix="Set one of them")
         if self.overwrite and self.resume:
             raise ConfigError("both are set", where="overwrite, resume", fix="Set one of them")
-        if self.name is not None and self.name != Path(self.name).name:
+        if self.name is not None and (self.name != Path(self.name).name or self.name == ".."):
             raise ConfigError(
                 f"{self.name!r} is not the name of one folder", where="name", fix="Put the path into runs"
             )
@@ -140,7 +140,8 @@ class RunConfig:
     def run_name(self) -> str:
         """The run's name: as given, or from the model and the data."""
         data = self.train.partition(":")[0] if not Path(self.train).exists() else self.train
-        return self.name or f"{Path(self.model).name}-{Path(data).name.split('.')[0]}"
+        model = Path(self.model).name or Path(self.model).resolve().name
+        return self.name or f"{model}-{Path(data).name.split('.')[0]}"
 
     @property
     def folder(self) -> Path:

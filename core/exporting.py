@@ -6,14 +6,18 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeVar
 
 from .contracts import CommandSpec, ExporterSpec, ExportRequest
-from .errors import ConfigError, ModelError, PluginError
+from .discovery import Plugin
+from .errors import BurnishError, ConfigError, ModelError, PluginError
 from .files import atomic_folder
 from .hookspecs import hookimpl
 from .machine import describe
-from .registry import registry
+from .registry import Failure, registry
 from .selection import exporters
+
+Result = TypeVar("Result")
 
 
 def export_folder(source: Path, output: Path, target: str, options: Sequence[str]) -> list[Path]:
@@ -21,7 +25,7 @@ def export_folder(source: Path, output: Path, target: str, options: Sequence[str
 
     Raises:
         ConfigError: If the target or an option is unknown, or the source is not a saved model.
-        PluginError: If two plugins offer the target.
+        PluginError: If two plugins offer the target, or the one that does fails.
     """
     offers = exporters(registry())
     if target not in offers:
@@ -32,12 +36,12 @@ def export_folder(source: Path, output: Path, target: str, options: Sequence[str
         raise ConfigError("is not a folder", where=str(source), fix="Pass the folder of a saved model or adapter")
     if output.resolve() == source.resolve():
         raise ConfigError("is also the folder to read from", where=f"--to {output}", fix="Write into another folder")
-    spec = offers[target][1]
+    plugin, spec = offers[target]
     if missing := spec.needs.missing(describe("cpu")):
         raise ConfigError(missing, where=f"--target {target}", fix="Install what is missing")
     with atomic_folder(output) as staging:
-        files = spec.run(ExportRequest(source=source, output=staging, options=_options(options)))
-        names = [Path(file).relative_to(staging) for file in files]
+        request = ExportRequest(source=source, output=staging, options=_options(options))
+        names = _guarded(plugin, lambda: [Path(file).relative_to(staging) for file in spec.run(request)])
     return [output / name for name in names]
 
 
@@ -52,26 +56,44 @@ def _options(given: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
+def _guarded(plugin: Plugin, run: Callable[[], Result]) -> Result:
+    """What a plugin's function returns. What it raises is the plugin's fault, but for the user's and the disk's."""
+    try:
+        return run()
+    except (BurnishError, OSError):
+        raise
+    except Exception as error:
+        raise registry().quarantine(plugin, error).error() from error
+
+
+def plugin_commands() -> list[tuple[str, str]]:
+    """(command, distribution) of every command that plugins which are on claim; nothing is imported."""
+    plugins = registry().claimants("command")
+    return [(name, plugin.distribution) for plugin in plugins for name in plugin.values("command")]
+
+
 def plugin_command(name: str) -> Callable[[Sequence[str]], int] | None:
-    """The command of that name that a plugin offers, or None.
+    """The command of that name that a plugin offers, or None where none claims it.
 
     Raises:
-        PluginError: If two plugins offer it, or the one that does is broken.
+        PluginError: If two plugins offer it, or the one that does is off, broken, or fails when it runs.
     """
     plugins = registry()
     claimants = plugins.claimants("command", name)
-    offers = [
-        (plugin, spec)
-        for plugin, spec in plugins.collect(claimants, "burnish_register_commands", CommandSpec)
-        if spec.name == name
-    ]
-    if len(offers) > 1:
-        both = f"{offers[0][0].label} and {offers[1][0].label}"
+    if not claimants:
+        if absent := plugins.absent("command", name):
+            reason = f"it is {absent[0].state} ({absent[0].reason})"
+            fix = f"See `burnish plugins`, or run `burnish plugins enable {absent[0].name}`"
+            raise PluginError(f"{absent[0].label} offers the command {name!r}, but {reason}", fix=fix)
+        return None
+    if len(claimants) > 1:
+        both = f"{claimants[0].label} and {claimants[1].label}"
         raise PluginError(f"{both} both offer the command {name!r}", fix="Disable one of them")
-    for plugin in claimants:
-        if plugin.id in plugins.failures:
-            raise plugins.failures[plugin.id].error()
-    return offers[0][1].run if offers else None
+    plugin, answer = claimants[0], plugins.ask(claimants[0], "burnish_register_commands", CommandSpec)
+    if isinstance(answer, Failure):
+        raise answer.error()
+    spec = next(spec for spec in answer if spec.name == name)  # the registry sees to it that what is claimed is there
+    return lambda arguments: _guarded(plugin, lambda: spec.run(arguments))
 
 
 def merged(request: ExportRequest) -> Sequence[Path]:

@@ -62,7 +62,7 @@ def top(
         print(f"burnish {installed('burnish')}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        context.get_help()  # typer prints it
         raise typer.Exit
 
 
@@ -232,6 +232,7 @@ def enable(name: Annotated[str, typer.Argument(help="A plugin or a distribution.
     print(switch(name, on=True))
 
 
+INTERRUPTED = 130
 COMMANDS = ("quickstart", "train", "eval", "export", "doctor", "plugins")
 
 
@@ -239,12 +240,31 @@ def dispatch(arguments: list[str]) -> int:
     """Run one command; a name that is not ours may be a plugin's. Wrong use comes out in one line, exit code 2."""
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         return _plugin_command(arguments)
+    if not arguments or arguments[0] == "--help":
+        app.info.epilog = _epilog()
     try:
-        return int(app(arguments, prog_name="burnish", standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="burnish", standalone_mode=False) or 0)
+    except typer.Abort as interruption:
+        raise KeyboardInterrupt from interruption
     except _UsageError as error:
         asked = " ".join(["burnish", *arguments[: arguments[:1] != [] and arguments[0] in COMMANDS], "--help"])
         print(f"error: {_message(error)} Try `{asked}`", file=sys.stderr)
         return 2
+    if code == INTERRUPTED:  # newer versions of typer make this of the interrupt
+        raise KeyboardInterrupt
+    return code
+
+
+def _epilog() -> str:
+    """The exit codes, and the commands that plugins bring, by their metadata."""
+    from ..errors import BurnishError
+    from ..exporting import plugin_commands
+
+    try:
+        offers = ", ".join(f"{name} ({distribution})" for name, distribution in plugin_commands())
+    except BurnishError as error:  # the help must open whatever is wrong with a setting
+        offers = f"cannot be listed: {error}"
+    return f"{CODES}\n\nCommands of plugins: {offers}" if offers else CODES
 
 
 def _message(error: Exception) -> str:
