@@ -154,7 +154,7 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
     if base and options.purpose == "full":
         fix = "Merge it first (save_pretrained_merged), or train the adapter on"
         raise ConfigError("the folder holds an adapter", where="full_finetuning", fix=fix)
-    machine = describe(device)
+    machine = _machine(device)
     plugins = registry(options.plugins)
     family = choose_family(plugins, config)
     backend = choose_backend(plugins, machine, options.backend)
@@ -168,6 +168,14 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
         options=options, config=config, device=device, base=base, machine=machine, registry=plugins, family=family,
         precision=precision, backend=backend, attention=attention, packed=packed, packed_reason=reason,
     )  # fmt: skip
+
+
+def _machine(device: str) -> Machine:
+    try:
+        return describe(device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for no such device, and for none of its kind here
+        fix = 'Pass "cpu", "cuda", "cuda:1" or "mps", or leave it out for the best there is'
+        raise ConfigError(f"{device!r} cannot be used ({first_line(error)})", where="device", fix=fix) from error
 
 
 def _config_dtype(config: PretrainedConfig) -> torch.dtype | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -126,8 +127,10 @@ class SentenceTransformer(Stock):
         return [*pooled, Normalize()] if rule.normalize else pooled, module_kwargs
 
     def _prepare(self) -> None:
-        if self.truncate_dim is not None:
-            _check_width(self.truncate_dim, self.get_embedding_dimension())
+        if (wanted := self.truncate_dim) is not None:
+            self.truncate_dim = None  # which the width would answer with otherwise
+            _check_width(wanted, self.get_embedding_dimension())
+            self.truncate_dim = wanted
         if not isinstance(self[0], Transformer) or self.transformers_model is None:
             return  # a static or custom first module: nothing here to choose, patch or pack
         if self._pending is None:
@@ -173,13 +176,21 @@ class SentenceTransformer(Stock):
         """
         if not safe_serialization:
             raise ConfigError("only safetensors are written", where="safe_serialization=False", fix="Drop it")
-        with atomic_folder(Path(path)) as staging:
+        with atomic_folder(Path(path)) as staging, warnings.catch_warnings():
+            if self._vocabulary_is_the_base_models():
+                # PEFT asks the Hub for the base model's, and warns where it gets no answer.
+                message = "Could not find a config file in .* vocabulary"
+                warnings.filterwarnings("ignore", message=message, category=UserWarning)
             super().save(str(staging), model_name, create_model_card, train_datasets)
             mend_saved(staging)
         # The card's assets go where the model went, not to the staging folder.
         self.model_card_data.save_dir = str(path)
         if self.burnish is not None:
             self.burnish.decision.registry.observers("model_saved")(model=self, folder=Path(path))
+
+    def _vocabulary_is_the_base_models(self) -> bool:
+        loaded = self.burnish.decision.config if self.burnish is not None else None
+        return self.config is not None and getattr(self.config, "vocab_size", 0) == getattr(loaded, "vocab_size", None)
 
     def merged(self, save_method: str | None = None) -> Stock:
         """A plain SentenceTransformer with the adapter folded in; this model keeps its adapter and can train on.
