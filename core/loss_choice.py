@@ -86,8 +86,9 @@ def find_loss(name: str) -> Any:
     known = {key: value for key, value in classes.items() if issubclass(value, nn.Module)}
     if name not in known:
         trained = sorted(set(_NEEDS) & set(known))
-        near = get_close_matches(name, known, 1)
-        fix = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(trained)}"
+        plain = {key.lower(): key for key in known}
+        near = get_close_matches(name.lower(), plain, 1)
+        fix = f"Did you mean {plain[near[0]]!r}?" if near else f"Known: {', '.join(trained)}"
         raise ConfigError(f"Sentence Transformers has no loss {name!r}", where="loss", fix=fix)
     if name in _OTHER_DATA:
         raise ConfigError(f"{name} needs {_OTHER_DATA[name]}", where="loss", fix=_IN_PYTHON)

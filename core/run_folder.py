@@ -17,6 +17,8 @@ METRICS, REPORT, SETTINGS, CHECKPOINTS = "metrics.json", "report.html", "setting
 ADAPTER_FOLDER, MERGED_FOLDER, MODEL_FOLDER = "adapter", "merged", "model"
 # What a run leaves. metrics.json is written last and removed first: where it is, the run is complete.
 CONTENTS = (METRICS, REPORT, ADAPTER_FOLDER, MERGED_FOLDER, MODEL_FOLDER, CHECKPOINTS, SETTINGS)
+# In what safetensors raises when a write fails, and in what torch's archive writer raises, which loses the reason.
+_WRITE_FAILED = ("os error", "inline_container", "iostream error")
 # A run may go on longer than it was first asked to, and be measured on other queries; all else must be as it was.
 _MAY_CHANGE = frozenset({"epochs", "max_steps", "eval", "eval_split"})
 
@@ -138,7 +140,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _refused(Path(error.filename or folder), error.strerror or str(error)) from error
     except (SafetensorError, RuntimeError) as error:
-        if "os error" in str(error) or "file write failed" in str(error) or "PytorchStreamWriter" in str(error):
+        if any(sign in str(error) for sign in _WRITE_FAILED):
             raise _refused(folder, "the disk may be full") from error
         raise
 
