@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 
@@ -10,12 +11,17 @@ def quiet() -> None:
 
     For a process that is all ours. The Hub's download bars stay: they are what a user waits for.
     """
+    # bitsandbytes, imported by peft where it is installed, looks for a CPU kernel on the Hub and reports that it did not
+    # find it, to everyone who never asked for 4 bits on a CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "gemm_4bit_forward" not in record.getMessage()
+    )
     import datasets  # type: ignore[import-untyped]
     from sentence_transformers.base import model_card
     from tqdm import tqdm  # type: ignore[import-untyped]
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
     # "Computing widget examples" has no switch of its own.
     vars(model_card)["tqdm"] = partial(tqdm, disable=True)
