@@ -11,8 +11,8 @@ def quiet() -> None:
 
     For a process that is all ours. The Hub's download bars stay: they are what a user waits for.
     """
-    # bitsandbytes, imported by peft where it is installed, looks for a CPU kernel on the Hub and reports that it did not
-    # find it, to everyone who never asked for 4 bits on a CPU.
+    # bitsandbytes, imported by peft where it is installed, looks for a CPU kernel on the Hub and reports that it did
+    # not find it, to everyone who never asked for 4 bits on a CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "gemm_4bit_forward" not in record.getMessage()
     )
