@@ -1,7 +1,9 @@
-"""What the tests of the user's API share: small models in several dtypes, a Hub cache, a training step, pairs."""
+"""What the tests of the user's API and of whole runs share: small models, a Hub cache, a training step, small data."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+import burnish.core.quickstart as shipped
+
 TEXTS = ["hello world", "a", "", "日本語のテキスト", "one more sentence, of middling length, " * 12]
+TRAIN_PAIRS, TEST_QUERIES = 96, 24
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +131,29 @@ def hub_cache(tiny_bert_st: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         changed[name] = 2 * changed[name]
     save_file(changed, weights, metadata={"format": "pt"})
     return cache
+
+
+def _rows(name: str) -> dict[str, dict[str, Any]]:
+    with gzip.open(shipped.DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return {row["_id"]: row for row in map(json.loads, file)}
+
+
+@pytest.fixture(scope="session")
+def small_retrieval(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A retrieval folder cut from the shipped data: 96 training pairs, 24 test queries, and their documents.
+
+    Shared by the session: read it only.
+    """
+    folder = tmp_path_factory.mktemp("small") / "small"
+    (folder / "qrels").mkdir(parents=True)
+    queries, corpus = _rows("queries"), _rows("corpus")
+    asked, found = [], set()
+    for split, count in (("train", TRAIN_PAIRS), ("test", TEST_QUERIES)):
+        header, *lines = (shipped.DATA / "qrels" / f"{split}.tsv").read_text(encoding="utf-8").splitlines()[: count + 1]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+        asked += [queries[line.split("\t")[0]] for line in lines]
+        found |= {line.split("\t")[1] for line in lines}
+    for name, rows in (("queries", asked), ("corpus", [corpus[key] for key in sorted(found)])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert len(found) > 12, "a corpus this small measures nothing"
+    return folder
