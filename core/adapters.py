@@ -66,9 +66,10 @@ def check_adaptable(model: SentenceTransformer) -> PreTrainedModel:
         ModelError: If it cannot.
     """
     fix = "Load it with FastSentenceTransformer.from_pretrained(name)"
-    if model.burnish is None or model.transformers_model is None:
+    preparation = getattr(model, "burnish", None)  # a plain SentenceTransformer has none
+    if preparation is None or model.transformers_model is None:
         raise ModelError("this model was not loaded by Burnish", where="get_peft_model", fix=fix)
-    purpose = model.burnish.decision.options.purpose
+    purpose = preparation.decision.options.purpose
     if purpose != "adapters":
         flag = "full_finetuning=True" if purpose == "full" else "for_inference=True"
         raise ModelError(f"this model was loaded for {purpose}", where="get_peft_model", fix=f"{fix}, without {flag}")

@@ -203,7 +203,7 @@ class FastSentenceTransformer:
         assert model.burnish is not None
         family = model.burnish.decision.family.family
         if max_seq_length is not None:
-            model.set_max_seq_length(max_seq_length)
+            model.check_max_seq_length(max_seq_length)
         if option is not None:
             set_checkpointing(model.burnish, transformer, option, "use_gradient_checkpointing")
         lora = {
@@ -221,6 +221,8 @@ class FastSentenceTransformer:
             "task_type": task_type,
         }
         notes = add_lora(transformer, family, random_state=random_state, target_modules=target_modules, lora=lora)
+        if max_seq_length is not None:
+            model.max_seq_length = max_seq_length
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         total = sum(parameter.numel() for parameter in model.parameters())
         lines = [

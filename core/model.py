@@ -142,7 +142,7 @@ class SentenceTransformer(Stock):
         self._pending = None
         options = decision.options
         if options.max_seq_length is not None:
-            self.set_max_seq_length(options.max_seq_length)
+            self.max_seq_length = self.check_max_seq_length(options.max_seq_length)
         self.burnish = prepare(self._first_module(), self.transformers_model, decision)
         self.burnish.pooling = describe_pooling(self, self._pooling_source)
         if options.purpose != "inference":
@@ -150,14 +150,14 @@ class SentenceTransformer(Stock):
             if not options.quiet:
                 print(f"burnish: {_short_name(self)} is ready to train\n{self.burnish}", file=sys.stderr)
 
-    def set_max_seq_length(self, tokens: int) -> None:
-        """Cut texts after `tokens` tokens.
+    def check_max_seq_length(self, tokens: int) -> int:
+        """`tokens`, if texts may be that long.
 
         Raises:
             ConfigError: If the model has fewer positions than that.
         """
         first: Any = self._first_module()
-        self.max_seq_length = check_length(tokens, first.config, first._infer_flatten_position_offset())
+        return check_length(tokens, first.config, first._infer_flatten_position_offset())
 
     def save(
         self,

@@ -188,8 +188,14 @@ def test_backend_and_device_are_what_was_asked_for(tiny_bert_st: Path, load: Mak
 @pytest.mark.parametrize("placement", ["cpu", "auto", {"": "cpu"}], ids=str)
 def test_device_map(tiny_bert_st: Path, load: Make, texts: list[str], placement: Any) -> None:
     model = load(tiny_bert_st, device=None, device_map=placement)
-    assert model._device_map == placement
     assert abs(model.encode(texts) - load(tiny_bert_st).encode(texts)).max() <= 1e-6
+
+
+def test_device_map_reaches_the_loader(tiny_bert_st: Path, load: Make) -> None:
+    for options in ({"device_map": "meta"}, {"model_kwargs": {"device_map": {"": "meta"}}}):
+        model = load(tiny_bert_st, device=None, **options)
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        assert model.burnish.decision.machine.device == "meta"
 
 
 CUSTOM = """
