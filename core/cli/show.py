@@ -22,13 +22,15 @@ def _console() -> Console:
 
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table with a title."""
-    grid = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False, header_style="dim")
+    """Print a table under a title."""
+    grid = Table(box=None, pad_edge=False, header_style="dim")
     for heading in headings:
         grid.add_column(heading, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
-    _console().print(grid)
+    console = _console()
+    console.print(Text(title, style="bold"))  # a title of the table itself would be broken at the table's width
+    console.print(grid)
 
 
 def sections(parts: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> None:
