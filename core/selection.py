@@ -235,8 +235,9 @@ def choose_backend(registry: Registry, machine: Machine, name: str = "auto") -> 
 
 def _refuse_backend(registry: Registry, wanted: str | None, claimants: tuple[Plugin, ...]) -> NoReturn:
     """Say why there is no backend to choose: the one that has it failed or is off, or nobody has it."""
-    for plugin in claimants:
-        if plugin.id in registry.failures:
+    refused = [plugin for plugin in registry.absent("backend", wanted) if plugin.state == "refused"] if wanted else []
+    for plugin in (*claimants, *refused):
+        if plugin.id in registry.failures or plugin.state == "refused":
             _raise_failure(registry, plugin)
     known = sorted({value for plugin in registry.claimants("backend") for value in plugin.values("backend")})
     what = f"no enabled plugin has a backend {wanted!r}" if wanted else "no backend is enabled"

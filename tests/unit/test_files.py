@@ -376,37 +376,42 @@ LOOP = """
 import sys
 from pathlib import Path
 from burnish.core.files import atomic_folder
-parts, target = sys.argv[2:], Path(sys.argv[1])
+base, fresh, parts = Path(sys.argv[1]), sys.argv[2] == "fresh", sys.argv[3:]
 print("ready", flush=True)
 for version in range(1_000_000):
-    with atomic_folder(target) as staging:
+    with atomic_folder(base / str(version) if fresh else base) as staging:
         for part in parts:
             (staging / part).parent.mkdir(exist_ok=True)
             (staging / part).write_text(str(version) * 2000)
 """
 
 
-def test_killed_at_random_it_never_loads_as_half_written(tmp_path: Path) -> None:
-    chance, target, seen = random.Random(7), tmp_path / "model", set()
-    target.mkdir()
-    (target / "notes.txt").write_text("mine")
+@pytest.mark.parametrize("kind", ["fresh", "existing"])
+def test_killed_at_random_it_never_loads_as_half_written(kind: str, tmp_path: Path) -> None:
+    chance, base, under_way = random.Random(7), tmp_path / "model", 0
+    base.mkdir()
+    (base / "notes.txt").write_text("mine")
     # Many small files, so that a kill falls between two of them.
     parts = (*PARTS, *(f"shard-{number}.bin" for number in range(40)))
     for _ in range(16):
-        command = [sys.executable, "-c", LOOP, str(target), *parts]
+        command = [sys.executable, "-c", LOOP, str(base), kind, *parts]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None and child.stdout.readline() == "ready\n"
             time.sleep(chance.uniform(0.0, 0.06))
             child.kill()
             child.wait()
-        versions = read(target, parts)
-        assert len(versions) <= 1, versions
-        seen |= {len(versions), len(litter(target)) + 10}
-        assert (target / "notes.txt").read_text() == "mine"
-    # Kills did fall while a save was under way, and between two.
-    assert 11 in seen
-    save(target, "last", parts)
-    assert read(target, parts) == {"last"} and litter(tmp_path) == []
+        folders = [base] if kind == "existing" else [entry for entry in base.glob("[0-9]*") if entry.is_dir()]
+        assert all(len(read(folder, parts)) <= 1 for folder in folders), [read(folder, parts) for folder in folders]
+        # A fresh folder is there whole from its first moment.
+        assert kind == "existing" or all(len(read(folder, parts)) == 1 for folder in folders)
+        assert (base / "notes.txt").read_text() == "mine"
+        under_way += len(litter(base)) > 0
+        if kind == "fresh":
+            for folder in folders:
+                shutil.rmtree(folder)
+    assert under_way > 0, "no kill fell while a save was under way"
+    save(base, "last", parts)
+    assert read(base, parts) == {"last"} and litter(tmp_path) == []
 
 
 def test_a_real_model_killed_before_every_step_loads_whole_or_not_at_all(tiny_bert_st: Path, tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ def test_a_broken_backend_is_fatal_only_if_it_is_asked_for(install: Install) -> 
 def test_a_refused_backend_says_why(install: Install) -> None:
     install("fast", "backend.fast", code=backend(spec("fast", 3)), contract="7")
     assert step().spec.name == "reference"
-    with pytest.raises(PluginError, match=r"fast \(fast 1.0\) is refused: is written for contract 7"):
+    with pytest.raises(PluginError, match=r"^plugin fast \(fast 1.0\): is written for contract 7.* Mend or uninstall"):
         step(name="fast")
 
 

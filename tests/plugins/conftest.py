@@ -1,0 +1,133 @@
+"""Real installs: distributions built and installed by pip, offline, each where nothing else sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Site:
+    """A Python that sees this environment and, on top of it, what was installed for a test."""
+
+    python: Path
+    folder: Path
+
+    def journey(self, model: Path, module: str) -> dict[str, Any]:
+        """What `journey.py` reports of `model`, run in this Python and away from the checkout."""
+        path = {} if self.python != Path(sys.executable) else {"PYTHONPATH": str(self.folder)}
+        command = [str(self.python), str(HERE / "journey.py"), str(model), module]
+        runs = self.folder.parent / "runs"
+        runs.mkdir()
+        done = subprocess.run(command, cwd=runs, capture_output=True, text=True, env=environment() | path)
+        assert done.returncode == 0, done.stderr[-4000:]
+        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return report
+
+
+def environment() -> dict[str, str]:
+    """This process's, with pip kept from the network, from its user's settings and from talking."""
+    return {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_ROOT_USER_ACTION": "ignore",
+    }
+
+
+def pip(*arguments: str | Path, python: str | Path = sys.executable) -> None:
+    """Run pip; `--no-build-isolation` uses this environment's setuptools, as nothing can be fetched."""
+    command = [sys.executable, "-m", "pip", "--python", str(python), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """A copy to build in: setuptools leaves files beside its sources."""
+    return Path(shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def from_wheel(source: Path, folder: Path) -> Site:
+    """A wheel, installed into a folder."""
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder / "dist", source)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    pip("install", "--no-deps", "--target", folder / "site", wheel)
+    return Site(Path(sys.executable), folder / "site")
+
+
+def from_sdist(source: Path, folder: Path) -> Site:
+    """A source distribution, built again by pip and installed into a folder."""
+    make = f"from setuptools import build_meta; build_meta.build_sdist({str(folder / 'dist')!r})"
+    (folder / "dist").mkdir()
+    subprocess.run([sys.executable, "-c", make], cwd=source, check=True, capture_output=True)
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    pip("install", "--no-deps", "--no-build-isolation", "--target", folder / "site", sdist)
+    return Site(Path(sys.executable), folder / "site")
+
+
+def editable(source: Path, folder: Path) -> Site:
+    """`pip install -e` in an environment of its own that is layered on this one."""
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    purelib = sysconfig.get_path("purelib", vars={"base": str(folder / "venv"), "platbase": str(folder / "venv")})
+    # addsitedir, unlike a plain line, also reads the .pth files of what is installed in this environment.
+    lines = [f"import site; site.addsitedir({sysconfig.get_path(name)!r})" for name in ("purelib", "platlib")]
+    (Path(purelib) / "layer.pth").write_text("\n".join(lines) + "\n")
+    pip("install", "--no-deps", "--no-build-isolation", "--editable", source, python=python)
+    return Site(python, Path(purelib))
+
+
+WAYS: dict[str, Callable[[Path, Path], Site]] = {"wheel": from_wheel, "sdist": from_sdist, "editable": editable}
+
+
+@pytest.fixture(scope="session", params=WAYS)
+def electra(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The example plugin, installed in each of the ways that there are."""
+    folder = tmp_path_factory.mktemp(f"electra-{request.param}")
+    return WAYS[request.param](copied(HERE / "burnish-electra", folder), folder)
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """Every distribution in `hostile/`, installed at once."""
+    folder = tmp_path_factory.mktemp("hostile")
+    sources = [copied(source, folder) for source in sorted((HERE / "hostile").iterdir()) if source.is_dir()]
+    pip("install", "--no-deps", "--no-build-isolation", "--target", folder / "site", *sources)
+    return Site(Path(sys.executable), folder / "site")
+
+
+@pytest.fixture(scope="session")
+def tiny_electra(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain transformers folder: ELECTRA with random weights (hidden 32, 2 layers) and MiniLM's real tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, ElectraConfig, ElectraModel
+
+    tokenizer = AutoTokenizer.from_pretrained(str(minilm))
+    config = ElectraConfig(
+        vocab_size=len(tokenizer),
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-electra") / "tiny-electra"
+    ElectraModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
