@@ -27,13 +27,16 @@ class PrecisionChoice:
 
 
 def is_bf16_supported() -> bool:
-    """Whether `bf16=True` trains on this machine's default device: CUDA from compute capability 8.0, or a CPU.
+    """Whether to train with `bf16=True` on this machine's accelerator; without one, transformers refuses that.
 
-    Older cards emulate bfloat16, at a cost that makes float16 the better choice.
+    CUDA cards before compute capability 8.0 emulate bfloat16, at a cost that makes float16 the better choice.
     """
     import torch
+    from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-    return torch.cuda.get_device_capability() >= (8, 0) if torch.cuda.is_available() else True
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return bool(is_torch_bf16_gpu_available())
 
 
 def _name(dtype: torch.dtype) -> str:
