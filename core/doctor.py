@@ -9,9 +9,9 @@ from .contracts import BackendSpec, CommandSpec, ExporterSpec, FamilySpec, Kerne
 from .discovery import Plugin, find, installed
 from .loading import Decision, Repository, decide, read_repository
 from .options import LoadOptions, Purpose
-from .patching import Claim, PatchPlan
+from .patching import PatchPlan
 from .registry import Failure, Registry, registry
-from .selection import Considered
+from .choices import Considered
 from .settings import disabled_plugins, set_disabled
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _family_rows(decision: Decision) -> list[tuple[str, str]]:
 def _pooling(decision: Decision, repository: Repository) -> str:
     if "modules.json" in repository.files:
         return "as modules.json says, exactly"
-    rule = decision.family.family.default_pooling(repository.config, repository.files)
+    rule = decision.family.pooling(repository.config, repository.files)
     normal = "normalised" if rule.normalize else "not normalised"
     return f"{rule.mode}, {normal} (default of family {decision.family.family.name})"
 
@@ -187,9 +187,7 @@ def _backend_rows(decision: Decision) -> list[tuple[str, str]]:
 
 
 def _patch_rows(decision: Decision, transformer: PreTrainedModel) -> list[tuple[str, str]]:
-    choice = decision.family
-    patches = choice.family.patches(transformer, decision.machine)
-    plan = PatchPlan([Claim(owner=choice.plugin.label, patch=patch) for patch in patches])
+    plan = PatchPlan(decision.family.claims(transformer, decision.machine))
     rows = [(path, f"{patch}: {why}") for path, patch, _, why in plan.rows()]
     return rows or [("-", "none: transformers' modules as they are")]
 

@@ -27,7 +27,7 @@ def export_folder(source: Path, output: Path, target: str, options: Sequence[str
         ConfigError: If the target or an option is unknown, or the source is not a saved model.
         PluginError: If two plugins offer the target, or the one that does fails.
     """
-    offers = exporters(registry())
+    offers = exporters(registry(), target)
     if target not in offers:
         near = get_close_matches(target, offers, 1)
         fix = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(offers)) or 'none'}"

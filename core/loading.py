@@ -14,7 +14,8 @@ from .machine import describe
 from .options import LoadOptions
 from .precision import PrecisionChoice, choose_precision
 from .registry import Registry, registry
-from .selection import BackendChoice, FamilyChoice, KernelChoice, choose_backend, choose_family, choose_kernel
+from .choices import BackendChoice, FamilyChoice, KernelChoice
+from .selection import choose_backend, choose_family, choose_kernel
 
 if TYPE_CHECKING:
     import torch

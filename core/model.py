@@ -116,7 +116,7 @@ class SentenceTransformer(Stock):
             return modules, module_kwargs
         repository, decision = self._pending
         family = decision.family.family
-        rule = family.default_pooling(repository.config, repository.files)
+        rule = decision.family.pooling(repository.config, repository.files)
         if self._options.pooling_mode is not None:
             rule = replace(rule, mode=self._options.pooling_mode)  # type: ignore[arg-type]
         asked = "asked for" if self._options.pooling_mode else f"default of family {family.name}"

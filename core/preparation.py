@@ -15,7 +15,7 @@ from .checkpointing import check_checkpointing, disable_checkpointing, enable_ch
 from .loading import Decision
 from .options import Checkpointing
 from .packing import PackedInput, pack_inputs, register_attention
-from .patching import Claim, PatchPlan
+from .patching import PatchPlan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,11 +106,7 @@ def set_checkpointing(
 
 
 def _patch(transformer: PreTrainedModel, decision: Decision, *, checkpointing: bool) -> PatchPlan:
-    choice = decision.family
-    patches = list(choice.family.patches(transformer, decision.machine))
-    if checkpointing and choice.family.checkpointing is not None:
-        patches += choice.family.checkpointing(transformer, decision.machine)
-    plan = PatchPlan([Claim(owner=choice.plugin.label, patch=patch) for patch in patches])
+    plan = PatchPlan(decision.family.claims(transformer, decision.machine, checkpointing=checkpointing))
     plan.apply(transformer)
     return plan
 
@@ -119,7 +115,7 @@ def attention_name(decision: Decision) -> str:
     """The name under which transformers knows the chosen attention; made known if it is not yet."""
     if decision.attention is None:
         return ""
-    return register_attention(decision.attention.spec.name, decision.attention.spec.load())
+    return register_attention(decision.attention.spec.name, decision.attention.load())
 
 
 def _keep_float32(transformer: PreTrainedModel, suffixes: tuple[str, ...]) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from .choices import BackendChoice, Considered, FamilyChoice, KernelChoice
 from .contracts import BackendSpec, ExporterSpec, Family, FamilySpec, KernelSpec, Machine
 from .discovery import Plugin
 from .errors import ConfigError, PluginError
@@ -22,44 +22,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Ranked = TypeVar("Ranked", BackendSpec, KernelSpec)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Considered:
-    """One candidate of a choice: `verdict` is "chosen", "passed over" or "failed"."""
-
-    name: str
-    plugin: Plugin
-    verdict: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FamilyChoice:
-    """The family for a model, who offers it, and who else might have."""
-
-    family: Family
-    plugin: Plugin
-    reason: str
-    considered: tuple[Considered, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackendChoice:
-    """The backend for a run."""
-
-    spec: BackendSpec
-    plugin: Plugin
-    reason: str
-    considered: tuple[Considered, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelChoice:
-    """The implementation of one operation."""
-
-    spec: KernelSpec
-    plugin: Plugin
 
 
 def _by_right(plugins: Iterable[Plugin]) -> Iterator[tuple[str, list[Plugin]]]:

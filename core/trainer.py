@@ -123,8 +123,8 @@ class Trainer(StockTrainer):
         context = StepContext(
             model=self.model, family=decision.family.family, machine=decision.machine, arguments=self.args, eager=eager
         )
-        step: Step = decision.backend.spec.build_step(context)
-        return step
+        built: Step = decision.backend.build_step(context)
+        return built
 
 
 def _check_trainable(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ TEXTS = ["one", "two words", "", *(f"a sentence of number {n} and {'more ' * n}w
 
 
 def pairs() -> Any:
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
 
     return Dataset.from_dict(
         {"anchor": [f"question {n}" for n in range(64)], "positive": [f"the answer to it is {n}" for n in range(64)]}
@@ -105,7 +105,7 @@ def test_checkpointed_gradients_equal_unchecked_ones(minilm: Path, option: bool 
 def test_quantised_base_trains_and_merges(minilm: Path, tmp_path: Path, flag: str) -> None:
     pytest.importorskip("bitsandbytes")
     model = FastSentenceTransformer.from_pretrained(str(minilm), **{flag: True})  # type: ignore[arg-type]
-    assert "quantization_config" in model.transformers_model.config.to_dict()
+    assert model.config is not None and "quantization_config" in model.config.to_dict()
     FastSentenceTransformer.get_peft_model(model, r=8)
     losses = train(model, tmp_path / "run")
     assert losses[-1] < losses[0]

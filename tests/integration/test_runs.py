@@ -243,7 +243,7 @@ def test_the_columns_choose_the_loss(
 ) -> None:
     rows = []
     for at, row in enumerate(pairs(small_retrieval)):
-        row = {**row, **{name: make(at) if make else None for name, make in extra.items()}}
+        row = {**row, **{name: make(at) if make else None for name, make in extra.items()}}  # type: ignore[misc]
         rows.append({name: value for name, value in row.items() if value is not None})
     path = write(tmp_path, "jsonl", rows)
     result = run(RunConfig(**{**settings, "train": str(path), "eval": None, "max_steps": 2}))

@@ -75,8 +75,8 @@ def loss_and_gradients(model: Any, case: str) -> tuple[float, dict[str, Tensor]]
     model.zero_grad()
     features = [model.preprocess(column) for column in columns]
     assert ("cu_seq_lens_q" in features[0]) == (model.burnish.packed is not None)
-    value = make(model)(features, labels)
-    value = sum(value.values()) if isinstance(value, dict) else value
+    result = make(model)(features, labels)
+    value: Tensor = torch.stack(list(result.values())).sum() if isinstance(result, dict) else result
     value.backward()
     return value.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
