@@ -182,6 +182,21 @@ def _move_in(staging: Path, target: Path) -> None:
         os.replace(fresh[name], destination)
 
 
+def discard(path: Path) -> None:
+    """Remove a file, a link or a folder with all in it, at one stroke to readers: what is killed half-way is hidden,
+    and swept by the next save.
+
+    Raises:
+        OSError: If it cannot be removed.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    doomed = _staging_path(path.parent)
+    os.replace(path, doomed)
+    _remove(doomed)
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty staging folder that becomes `target` when the block ends without an exception.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from .config import ADAPTER, DATA, MODEL, TRAINING, RunConfig, described
 from .errors import BurnishError, ConfigError
-from .files import MARKERS, write_json
+from .files import discard, write_json
 
 METRICS, REPORT, SETTINGS, CHECKPOINTS = "metrics.json", "report.html", "settings.json", "checkpoints"
 ADAPTER_FOLDER, MERGED_FOLDER, MODEL_FOLDER = "adapter", "merged", "model"
@@ -69,16 +68,6 @@ def claim_folder(config: RunConfig) -> Path:
 def plain_settings(config: RunConfig) -> dict[str, Any]:
     """The config's fields as plain values, in order."""
     return {name: getattr(config, name) for name in described()}
-
-
-def discard(path: Path) -> None:
-    """Remove a file or folder; a model folder stops being one before its first weight goes, whatever kills us."""
-    if path.is_dir() and not path.is_symlink():
-        for marker in reversed(MARKERS):
-            (path / marker).unlink(missing_ok=True)
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:

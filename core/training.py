@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from .columns import PAIRS, default_loss
 from .config import RunConfig
 from .errors import ConfigError, DataError, ModelError
+from .files import discard
 from .loss_choice import check_loss, find_loss
-from .run_folder import CHECKPOINTS, checkpoints_in, discard, whole_checkpoint
+from .run_folder import CHECKPOINTS, checkpoints_in, whole_checkpoint
 
 if TYPE_CHECKING:
     import datasets  # type: ignore[import-untyped]

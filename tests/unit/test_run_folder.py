@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from burnish.core import run_folder
 from burnish.core.config import RunConfig
 from burnish.core.errors import BurnishError, ConfigError
-from burnish.core.files import MARKERS
+from burnish.core.files import discard, write_json
 from burnish.core.run_folder import check_folder, checkpoints_in, claim_folder, disk_errors, tidy, whole_checkpoint
 
 
@@ -115,41 +115,41 @@ def test_a_checkpoint_that_broke_off_is_passed_over(tmp_path: Path, state: str |
     assert checkpoints_in(tmp_path) == [first, second, broken]
 
 
-def test_a_model_folder_stops_being_one_before_anything_else_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed at any moment of a removal, what is left is whole or no model."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in (*MARKERS, "model.safetensors"):
-        (folder / name).write_text("x")
-    seen: list[set[str]] = []
-    unlink, rmtree = Path.unlink, shutil.rmtree
+def test_a_folder_is_discarded_at_one_stroke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at any moment of a removal, what is left under the old name is whole or nothing."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("x")
+    seen: list[tuple[bool, list[str]]] = []
+    rmtree = shutil.rmtree
 
-    def spy(path: Path, missing_ok: bool = False) -> None:
-        seen.append({entry.name for entry in folder.iterdir()})
-        unlink(path, missing_ok)
-
-    def spy_tree(path: Path) -> None:
-        seen.append({entry.name for entry in folder.iterdir()})
+    def spy(path: Path) -> None:
+        seen.append((model.exists(), [entry.name for entry in path.iterdir()]))
+        assert path.parent == tmp_path and path.name.startswith(".burnish-staging-")
         rmtree(path)
 
-    monkeypatch.setattr(Path, "unlink", spy)
-    monkeypatch.setattr(shutil, "rmtree", spy_tree)
-    run_folder.discard(folder)
-    assert not folder.exists()
-    everything = {*MARKERS, "model.safetensors"}
-    # config.json goes first: without it neither library loads the folder.
-    assert seen[0] == everything and all("config.json" not in state for state in seen[1:])
-    assert seen[-1] == {"model.safetensors"}
+    monkeypatch.setattr(shutil, "rmtree", spy)
+    discard(model)
+    assert seen == [(False, ["config.json"])] and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_removal_left_is_swept_by_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path: None)
+    discard(model)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 1
+    write_json(tmp_path / "next.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["next.json"]
 
 
 def test_discarding_follows_no_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "config.json").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    run_folder.discard(tmp_path / "link")
-    run_folder.discard(tmp_path / "nothing-there")
+    discard(tmp_path / "link")
+    discard(tmp_path / "nothing-there")
     assert (tmp_path / "elsewhere" / "config.json").exists() and not (tmp_path / "link").exists()
 
 

@@ -1,0 +1,260 @@
+"""Kills runs and looks at what they leave: a program of its own, because it forks.
+
+    python kill_points.py operations MODEL DATA RUNS    killed at every file operation in the run's folder
+    python kill_points.py moments MODEL DATA RUNS       the quickstart killed from outside, as its folder fills
+
+Everything is imported once; every run is a fork. This process itself only loads and encodes: a fork of a process that
+has run a backward pass would hang. It prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentence_transformers
+import torch
+
+import burnish.core.fast
+import burnish.core.model
+import burnish.core.progress
+import burnish.core.report
+import burnish.core.runs
+import burnish.core.trainer
+from burnish.core.cli.quiet import quiet
+from burnish.core.config import RunConfig
+from burnish.core.quickstart import quickstart
+from burnish.core.runs import run
+
+TEXTS = ["how do I open an account", "the branch closes at five", "a card that was stolen"]
+MARKERS = ("config.json", "modules.json", "adapter_config.json")
+Embeddings = np.ndarray[Any, np.dtype[np.float32]]
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+
+
+def embed(folder: Path) -> Embeddings:
+    return sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+
+
+def models_in(runs: Path) -> list[Path]:
+    """Every folder that a reader would take for a model, hidden ones too; parts such as 1_Pooling are none."""
+    found = {path.parent for marker in MARKERS for path in runs.rglob(marker)}
+    return sorted(path for path in found if not re.fullmatch(r"\d+_\w+", path.name))
+
+
+def fork(job: Callable[[], None], *, log: Path | None = None) -> int:
+    """Run `job` in a child; returns its process id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            if log is not None:
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            job()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pid: int) -> int:
+    """Exit code of a child, negative for the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_at(operation: int, inside: Path) -> None:
+    """Have this process killed just before its n-th change of a file in the folder `inside`.
+
+    What happens in a staging folder changes nothing for readers: every eighth of it stands for all.
+    """
+    seen = staged = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen, staged
+        if event == "open":
+            changes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        else:
+            changes = event in CHANGES  # within a folder that is being removed, hidden by then, paths are relative
+        if changes and str(arguments[0]).startswith(str(inside)):
+            if "/.burnish-staging" in str(arguments[0]) and event in ("open", "os.mkdir"):
+                staged += 1
+                if staged % 8:
+                    return
+            seen += 1
+            if seen == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+class Done(Exception):
+    """Every operation has had its kill."""
+
+
+def operations(model: str, data: str, runs: Path) -> dict[str, Any]:
+    """Kill a run that replaces an earlier one before each of its file operations in turn.
+
+    The runs fork where the run's folder is claimed, the first thing that writes, so that the model is loaded once.
+    """
+    values: dict[str, Any] = {
+        "model": model, "train": data, "name": "one", "runs": str(runs), "overwrite": True, "max_seq_length": 32,
+        "batch_size": 16, "max_steps": 1, "device": "cpu", "save_steps": 1, "learning_rate": 0.05,
+    }  # fmt: skip
+    folder, earlier = runs / "one", runs.parent / "earlier"
+    references: list[dict[str, Embeddings]] = []
+    for seed in (1, 2):
+        assert ended(fork(lambda seed=seed: run(RunConfig(**values, seed=seed)) and None)) == 0
+        references.append({name: embed(folder / name) for name in ("adapter", "merged")})
+        if seed == 1:
+            shutil.copytree(folder, earlier)
+    assert all(np.abs(references[0][name] - references[1][name]).max() > 1e-4 for name in references[0])
+    claim = burnish.core.runs.claim_folder
+    faults: list[str] = []
+    states: dict[str, int] = {}
+
+    def killed_at_each(config: RunConfig) -> Path:
+        for number in range(1, 1000):
+            shutil.rmtree(runs)
+            shutil.copytree(earlier, folder)
+            pid = os.fork()
+            if pid == 0:
+                die_at(number, runs)
+                return claim(config)
+            code = ended(pid)
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, f"the run ended by itself, with {code}"
+            state = judge(runs, references, number, faults)
+            states[state] = states.get(state, 0) + 1
+            if number % 8 == 0:
+                again = os.fork()
+                if again == 0:
+                    return claim(config)
+                if (code := ended(again)) != 0:
+                    faults.append(f"operation {number}: a second run ended with {code}")
+                left = sorted(path.name for path in folder.iterdir())
+                if left != ["adapter", "checkpoints", "merged", "metrics.json", "report.html", "settings.json"]:
+                    faults.append(f"operation {number}: after a second run there is {left}")
+        raise Done
+
+    vars(burnish.core.runs)["claim_folder"] = killed_at_each
+    try:
+        run(RunConfig(**values, seed=2))
+    except Done:
+        return {"operations": sum(states.values()), "faults": faults, "states": states}
+    os._exit(0)  # a child that was to be killed later than it lived
+
+
+def judge(runs: Path, references: list[dict[str, Embeddings]], number: int, faults: list[str]) -> str:
+    """Which of the two runs' models are there; what is neither whole goes into `faults`."""
+    there = []
+    for model in models_in(runs):
+        name = str(model.relative_to(runs / "one"))
+        if name.startswith(".") or "/." in name:
+            continue  # staging: hidden, and swept by the next run
+        try:
+            found = embed(model)
+        except Exception as error:
+            # The trainer makes a checkpoint's folder before there is anything to put into it.
+            if (model / "trainer_state.json").exists() or not name.startswith("checkpoints/"):
+                faults.append(f"operation {number}: {name} does not load ({type(error).__name__}: {error})")
+            continue
+        kind = "adapter" if name.startswith("checkpoints/") else name  # the only step's checkpoint is the adapter
+        equal = [index for index in (0, 1) if np.abs(found - references[index][kind]).max() < 1e-6]
+        if not equal:
+            faults.append(f"operation {number}: {name} loads, and is neither the earlier nor the new model")
+        there += [f"{('earlier', 'new')[index]} {name}" for index in equal]
+    if (runs / "one" / "metrics.json").exists():
+        json.loads((runs / "one" / "metrics.json").read_text())
+        there.append("complete")
+        if not {"adapter", "merged"} <= {part.split()[-1] for part in there}:
+            faults.append(f"operation {number}: metrics.json says that the run is complete, and there is {there}")
+    return ", ".join(there) or "no model"
+
+
+def staged(folder: Path, name: str, least: int) -> bool:
+    """Whether a file of that name lies in staging with at least so many bytes."""
+    found = [*folder.glob(f".burnish-staging-*/{name}"), *folder.glob(f".burnish-staging-*/**/{name}")]
+    return any(path.stat().st_size >= least for path in found if path.exists())
+
+
+def moments(model: str, data: str, runs: Path) -> dict[str, Any]:
+    """Kill the quickstart from outside at several moments, one after another in the same folder, then let it finish."""
+    folder = runs / "quickstart"
+    log = runs.parent / "log"
+
+    def job() -> None:
+        quickstart(train=data, eval=data, runs=str(runs), max_steps=2, eval_batch_size=8)
+
+    def said(words: str) -> bool:
+        return words in log.read_text(encoding="utf-8", errors="replace")
+
+    moments: dict[str, Callable[[], bool]] = {
+        "load": lambda: said("pairs of split train"),
+        "evaluation": lambda: (folder / "settings.json").exists() and said("is ready to train"),
+        "training": lambda: said("Training on"),
+        "adapter": lambda: staged(folder, "adapter_model.safetensors", 0),
+        "merged": lambda: (folder / "adapter").exists() and staged(folder, "model.safetensors", 0),
+        "report": lambda: (folder / "merged").exists(),
+        "metrics": lambda: (folder / "report.html").exists(),
+    }
+    seen: dict[str, str] = {}
+    faults: list[str] = []
+    for name, arrived in moments.items():
+        shutil.rmtree(runs, ignore_errors=True)
+        log.write_text("")
+        pid = fork(job, log=log)
+        code = None
+        while code is None and not arrived():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if done else None
+            time.sleep(0.0005)
+        if code is None:
+            os.kill(pid, signal.SIGKILL)
+            code = ended(pid)
+        if code != -signal.SIGKILL:
+            faults.append(f"{name}: not caught in time, the run ended with {code}: {log.read_text()[-400:]}")
+        here = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        seen[name] = ", ".join(entry if not entry.startswith(".") else "staging" for entry in here)
+        faults += [f"{name}: {fault}" for fault in look(runs, model)]
+    log.write_text("")
+    code = ended(fork(job, log=log))
+    if code != 0:
+        faults.append(f"the last run ended with {code}: {log.read_text()[-400:]}")
+    left = sorted(path.name for path in folder.iterdir())
+    return {"seen": seen, "faults": faults + [f"at last: {fault}" for fault in look(runs, model)], "left": left}
+
+
+def look(runs: Path, model: str) -> list[str]:
+    """What is wrong with the models under `runs`: unlike the base model's, or too far from it, their embeddings."""
+    base, faults = embed(Path(model)), []
+    for folder in models_in(runs):
+        if any(part.startswith(".") for part in folder.relative_to(runs).parts):
+            continue
+        try:
+            found = embed(folder)
+        except Exception as error:
+            faults.append(f"{folder} does not load ({type(error).__name__}: {error})")
+            continue
+        # Two steps move an embedding of length one by a few hundredths; a model with parts missing is elsewhere.
+        distance = float(np.linalg.norm(found - base, axis=1).max())
+        if not 1e-4 < distance < 0.5:
+            faults.append(f"{folder} is {distance:.3g} from the base model")
+    return faults
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    quiet()
+    mode, *given, where = sys.argv[1:]
+    answer = {"operations": operations, "moments": moments}[mode](*given, Path(where).resolve())
+    print(json.dumps(answer))
