@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from .choices import Considered
 from .contracts import BackendSpec, CommandSpec, ExporterSpec, FamilySpec, KernelSpec
 from .discovery import Plugin, find, installed
 from .loading import Decision, Repository, decide, read_repository
 from .options import LoadOptions, Purpose
 from .patching import PatchPlan
 from .registry import Failure, Registry, registry
-from .choices import Considered
 from .settings import disabled_plugins, set_disabled
 
 if TYPE_CHECKING:

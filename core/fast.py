@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class FastSentenceTransformer:
 
     @staticmethod
     def from_pretrained(
-        model_name: str,
+        model_name: str | os.PathLike[str],
         max_seq_length: int | None = None,
         dtype: torch.dtype | str | None = None,
         load_in_4bit: bool = False,
@@ -133,10 +134,10 @@ class FastSentenceTransformer:
             attention=given.get("attn_implementation"),
         )
         processor = one_of("processor_kwargs", processor_kwargs, "tokenizer_kwargs", tokenizer_kwargs)
-        with torch.random.fork_rng(), _plain_errors(model_name):
+        with torch.random.fork_rng(), _plain_errors(os.fspath(model_name)):
             torch.manual_seed(random_state)
             return SentenceTransformer(
-                model_name,
+                os.fspath(model_name),
                 options=options,
                 device=device,
                 token=token,

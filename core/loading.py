@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .choices import BackendChoice, FamilyChoice, KernelChoice
 from .contracts import Family, Machine
 from .errors import ConfigError, ModelError
 from .machine import describe
 from .options import LoadOptions
 from .precision import PrecisionChoice, choose_precision
 from .registry import Registry, registry
-from .choices import BackendChoice, FamilyChoice, KernelChoice
 from .selection import choose_backend, choose_family, choose_kernel
 
 if TYPE_CHECKING:

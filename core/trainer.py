@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 class TrainingArguments(StockArguments):
-    """Sentence Transformers' training arguments, under the name that this package's trainer goes with."""
+    """Sentence Transformers' training arguments. On a CPU nothing is pinned: there is no device to copy to."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
 
 
 class _Observers(TrainerCallback):

@@ -338,3 +338,7 @@ def test_a_static_model_loads_as_it_is(load: Make, plain: Make, tmp_path: Path, 
     assert (model.encode(texts[:2]) == plain(tmp_path / "static").encode(texts[:2])).all()
     with pytest.raises(ModelError, match="get_peft_model"):
         FastSentenceTransformer.get_peft_model(model)
+
+
+def test_a_path_is_a_name(tiny_bert_st: Path) -> None:
+    assert FastSentenceTransformer.from_pretrained(tiny_bert_st, device="cpu").burnish is not None

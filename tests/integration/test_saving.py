@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-import sys
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer as PlainModel
 from transformers import AutoModel, AutoTokenizer
 
+from burnish import FastSentenceTransformer
 from burnish.core.errors import ConfigError
 
 Make = Callable[..., Any]
@@ -102,7 +104,7 @@ def test_the_merged_folder_is_a_stock_model(variant: Any, plain: Make, texts: li
     weights, stock = load_file(folder / "model.safetensors"), load_file(tiny_bert_st / "model.safetensors")
     assert weights.keys() == stock.keys()
     assert {name: tensor.shape for name, tensor in weights.items()} == {name: t.shape for name, t in stock.items()}
-    assert not any("adapter" in path.name for path in folder.rglob("*"))
+    assert (folder / "README.md").exists() and not any("adapter" in path.name for path in folder.rglob("*"))
     assert "burnish" not in (folder / "config.json").read_text() + (folder / "modules.json").read_text()
 
 
@@ -219,40 +221,69 @@ def test_saving_over_an_older_save_keeps_the_users_own_files(
     assert [path.name for path in tmp_path.iterdir()] == ["run"], "a staging folder is left"
 
 
+def test_an_adapter_never_takes_its_base_models_place(
+    load: Make, plain: Make, step: Make, texts: list[str], tiny_bert_st: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_bert_st, tmp_path / "base")
+    model = FastSentenceTransformer.get_peft_model(load(folder), r=2)
+    with pytest.raises(ConfigError, match=r"base: the adapter needs the base model in this folder\. Save to another"):
+        model.save_pretrained(str(folder))
+    assert (plain(folder).encode(texts) == plain(tiny_bert_st).encode(texts)).all()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = load(tmp_path / "adapter")
+    step(again)
+    again.save_pretrained(str(tmp_path / "adapter"))  # over the adapter it was loaded from
+    assert difference(plain(tmp_path / "adapter").encode(texts), again.encode(texts)) <= 1e-5
+    again.save_pretrained_merged(folder)  # the merged model may: it is whole
+    assert difference(plain(folder).encode(texts), again.encode(texts)) <= 1e-5
+
+
 WITHOUT_BURNISH = """
-import importlib.abc, json, sys
+import importlib.util, json, sys
 import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
 
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "burnish":
-            raise ModuleNotFoundError("burnish is not here")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import burnish
-except ModuleNotFoundError:
-    from sentence_transformers import SentenceTransformer
-
-    folder, texts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-    expected = np.load(folder + "/live.npy")
-    for name in ("adapter", "merged"):
-        found = SentenceTransformer(f"{folder}/{name}", device="cpu").encode(texts)
-        assert np.abs(found - expected).max() <= 1e-5, name
-    assert "burnish" not in sys.modules
-    print("loaded without")
+assert importlib.util.find_spec("burnish") is None, "burnish is here"
+folder, texts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+expected = np.load(folder + "/live.npy")
+for name in ("adapter", "merged"):
+    found = SentenceTransformer(f"{folder}/{name}", device="cpu").encode(texts)
+    assert np.abs(found - expected).max() <= 1e-5, name
+tokens = AutoTokenizer.from_pretrained(folder + "/merged")(texts, padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    states = AutoModel.from_pretrained(folder + "/merged")(**tokens).last_hidden_state
+mask = tokens["attention_mask"][..., None]
+mean = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+assert np.abs(mean.numpy() - expected).max() <= 1e-5, "AutoModel"
+print("loaded without")
 """
 
 
-def test_a_process_without_burnish_loads_both_folders(adapted: Make, texts: list[str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def python_without_burnish(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment that sees the libraries of this one, and no Burnish.
+
+    Site-packages come in as a plain path, whose own .pth files (an editable install is one) are not read.
+    """
+    folder = tmp_path_factory.mktemp("venv") / "without"
+    venv.create(folder, with_pip=False, symlinks=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "libraries.pth").write_text(str(Path(np.__file__).parents[1]) + "\n", encoding="utf-8")
+    return folder / "bin" / "python"
+
+
+def test_another_environment_without_burnish_loads_both_folders(
+    adapted: Make, texts: list[str], tmp_path: Path, python_without_burnish: Path
+) -> None:
     model = adapted()
     model.save_pretrained(str(tmp_path / "adapter"))
     model.save_pretrained_merged(tmp_path / "merged")
     np.save(tmp_path / "live.npy", model.encode(texts))
-    environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_BURNISH, json.dumps(str(tmp_path)), json.dumps(texts)],
-        capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path,
+        [str(python_without_burnish), "-c", WITHOUT_BURNISH, json.dumps(str(tmp_path)), json.dumps(texts)],
+        capture_output=True, text=True, timeout=180, env={**os.environ, "PYTHONPATH": ""}, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.strip() == "loaded without", done.stderr
 
