@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def models_in(runs: Path) -> list[Path]:
     return sorted(path for path in found if not re.fullmatch(r"\d+_\w+", path.name))
 
 
-def fork(job: Callable[[], None], *, log: Path | None = None) -> int:
+def fork(job: Callable[[], object], *, log: Path | None = None) -> int:
     """Run `job` in a child; returns its process id."""
     pid = os.fork()
     if pid == 0:
@@ -112,12 +113,12 @@ def operations(model: str, data: str, runs: Path) -> dict[str, Any]:
     folder, earlier = runs / "one", runs.parent / "earlier"
     references: list[dict[str, Embeddings]] = []
     for seed in (1, 2):
-        assert ended(fork(lambda seed=seed: run(RunConfig(**values, seed=seed)) and None)) == 0
+        assert ended(fork(partial(run, RunConfig(**values, seed=seed)))) == 0
         references.append({name: embed(folder / name) for name in ("adapter", "merged")})
         if seed == 1:
             shutil.copytree(folder, earlier)
     assert all(np.abs(references[0][name] - references[1][name]).max() > 1e-4 for name in references[0])
-    claim = burnish.core.runs.claim_folder
+    claim: Callable[[RunConfig], Path] = vars(burnish.core.runs)["claim_folder"]
     faults: list[str] = []
     states: dict[str, int] = {}
 
@@ -255,6 +256,6 @@ def look(runs: Path, model: str) -> list[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     quiet()
-    mode, *given, where = sys.argv[1:]
-    answer = {"operations": operations, "moments": moments}[mode](*given, Path(where).resolve())
-    print(json.dumps(answer))
+    mode, model, data, where = sys.argv[1:]
+    kill = {"operations": operations, "moments": moments}[mode]
+    print(json.dumps(kill(model, data, Path(where).resolve())))
