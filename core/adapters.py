@@ -202,6 +202,13 @@ def wake_adapters(transformer: PreTrainedModel) -> None:
     float32_adapters(transformer)
 
 
+def adapter_base(transformer: PreTrainedModel | None) -> str | None:
+    """The folder or Hub id of the model that the active adapter was made for; None without an adapter."""
+    if not getattr(transformer, "_hf_peft_config_loaded", False) or transformer is None:
+        return None
+    return getattr(transformer.peft_config[transformer.active_adapters()[0]], "base_model_name_or_path", None)
+
+
 def read_adapter(transformer: PreTrainedModel, name: str, **hub: Any) -> None:
     """Load an adapter's weights again through PEFT, whose reader knows what transformers' own leaves out.
 

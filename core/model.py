@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling as Poolin
 from torch import nn
 
 from . import saving
-from .adapters import mend_saved, read_adapter
+from .adapters import adapter_base, mend_saved, read_adapter
 from .errors import ConfigError
 from .files import atomic_folder
 from .loading import Decision, Repository, check_length, decide, has_transformer, read_repository
@@ -172,10 +172,15 @@ class SentenceTransformer(Stock):
         The folder appears whole or not at all. Burnish and plain Sentence Transformers both load it.
 
         Raises:
-            ConfigError: With `safe_serialization=False`: only safetensors are written.
+            ConfigError: With `safe_serialization=False`: only safetensors are written. Or if the folder is that of the
+                adapter's base model, which the adapter would take the place of.
         """
         if not safe_serialization:
             raise ConfigError("only safetensors are written", where="safe_serialization=False", fix="Drop it")
+        base = Path(adapter_base(self.transformers_model) or "")
+        if base.name and base.is_dir() and Path(path).is_dir() and base.samefile(path):
+            fix = "Save to another folder, or save_pretrained_merged"
+            raise ConfigError("the adapter needs the base model in this folder", where=str(path), fix=fix)
         with atomic_folder(Path(path)) as staging, warnings.catch_warnings():
             if self._vocabulary_is_the_base_models():
                 # PEFT asks the Hub for the base model's, and warns where it gets no answer.

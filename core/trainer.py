@@ -25,7 +25,7 @@ class TrainingArguments(StockArguments):
     """Sentence Transformers' training arguments. On a CPU nothing is pinned: there is no device to copy to."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 

@@ -21,6 +21,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 import burnish
 from burnish import FastSentenceTransformer
 from burnish.core.errors import ConfigError
+from burnish.core.options import LoadOptions
 
 Make = Callable[..., Any]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -147,6 +148,15 @@ def test_sentence_transformer_by_parts(tiny_bert: Path, plain: Make, texts: list
     assert model.burnish is not None and model.burnish.packed is not None
     assert "float32 (as the modules came)" in str(model.burnish)
     assert abs(model.encode(texts) - stock.encode(texts)).max() <= 1e-5
+
+
+def test_what_a_script_expects_of_a_folder() -> None:
+    """Float32 as Sentence Transformers loads it, also where the policy for adapters would take bfloat16."""
+    asked = LoadOptions(purpose="script")
+    assert (asked.resolved(None).purpose, asked.resolved(None).dtype) == ("full", None)
+    assert (asked.resolved("base").purpose, asked.resolved("base").dtype) == ("adapters", torch.float32)
+    assert LoadOptions(purpose="script", dtype=torch.bfloat16).resolved("base").dtype == torch.bfloat16
+    assert LoadOptions(purpose="inference").resolved("base").purpose == "inference"
 
 
 def test_sentence_transformer_as_a_script_calls_it(
