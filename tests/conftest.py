@@ -47,6 +47,12 @@ settings.register_profile("burnish", deadline=None, derandomize=True, database=N
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "burnish"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests without the marker `gpu` see no GPU: what they expect is the same on every machine."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used, which no import does
+
+
 @pytest.fixture(autouse=True)
 def own_config(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty user's config folder for each test, instead of the developer's."""
