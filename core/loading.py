@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,6 @@ class Decision:
     attention: KernelChoice | None
     packed: bool
     packed_reason: str
-    notes: tuple[str, ...] = field(default=())
 
     def __deepcopy__(self, memo: dict[int, object]) -> Decision:
         return self
