@@ -50,18 +50,14 @@ def claim_folder(config: RunConfig) -> Path:
     """Make the run's folder and clear it of an earlier run; with `resume`, only of what the end will write anew.
 
     Raises:
-        ConfigError: If it cannot be written to.
+        BurnishError: If it cannot be written to.
     """
     folder = config.folder
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, REPORT) if config.resume else CONTENTS:
             discard(folder / name)
-    except OSError as error:
-        what = f"cannot be written ({error.strerror or error})"
-        fix = "Choose another place with --runs, or free this one"
-        raise ConfigError(what, where=str(error.filename or folder), fix=fix) from error
-    write_json(folder / SETTINGS, plain_settings(config))
+        write_json(folder / SETTINGS, plain_settings(config))
     return folder
 
 
@@ -120,12 +116,17 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn what the disk refuses, in whichever library's words, into one line that names the folder.
 
     Raises:
-        BurnishError: In place of an `OSError`, or of what safetensors and torch raise when a write fails.
+        BurnishError: In place of an `OSError`, of what safetensors and torch raise when a write fails, and of the
+            `ConfigError` that a place gets which may not be written to: the run was asked for well, the disk refused.
     """
     from safetensors import SafetensorError
 
     try:
         yield
+    except ConfigError as error:
+        if isinstance(error.__cause__, OSError):
+            raise BurnishError(error.what, where=error.where, fix=error.fix) from error
+        raise
     except OSError as error:
         raise _refused(Path(error.filename or folder), error.strerror or str(error)) from error
     except (SafetensorError, RuntimeError) as error:
@@ -135,5 +136,5 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _refused(path: Path, reason: str) -> BurnishError:
-    fix = "Free some space or check the permissions, then run again; what is there is whole"
+    fix = "Free some space, check the permissions or choose another place, then run again; what is there is whole"
     return BurnishError(f"cannot be written ({reason})", where=str(path), fix=fix)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+
+_by_python = warnings.formatwarning
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0 done, 1 failed, 2 wrong use, 3 bad data, 4 model, 5 plugin, 130 interrupted."""
+    warnings.formatwarning = _warning  # type: ignore[assignment]
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _warning(text: Warning | str, kind: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A plugin's fault in one line, as errors are; other warnings as Python writes them."""
+    from ..registry import PluginWarning
+
+    return f"warning: {text}\n" if issubclass(kind, PluginWarning) else _by_python(text, kind, filename, lineno, line)
 
 
 def run(arguments: list[str]) -> int:

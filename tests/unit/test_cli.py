@@ -324,6 +324,20 @@ def test_help_opens_with_a_wrong_allow_list(cli: Cli, monkeypatch: pytest.Monkey
     assert answer[0] == 5 and "no plugin called 'nowhere' is installed" in one_line(answer)
 
 
+def test_a_plugin_that_is_left_out_is_one_line_too(install: Install, tmp_path: Path) -> None:
+    """In the program's own process; the tests make errors of warnings."""
+    install("packer", "exporter.zip", code="1 / 0")
+    script = (
+        "import sys\nfrom burnish.core.cli import main\n"
+        f"main(['export', {str(tmp_path)!r}, '--to', 'x', '--target', 'merged', '--option', 'bad=1'])\n"
+    )
+    done = python(script, PYTHONPATH=os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
+    assert done.returncode == 2
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith("warning: plugin packer (packer 1.0) is left out: ZeroDivisionError")
+    assert error.startswith("error: --option: bad=1 is not understood.")
+
+
 EXPORTER = """
 from pathlib import Path
 

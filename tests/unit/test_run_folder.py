@@ -72,8 +72,27 @@ def test_an_earlier_run_is_kept_unless_overwritten(tmp_path: Path, name: str) ->
 def test_places_that_cannot_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("")
     assert refused(config(tmp_path)) == f"{tmp_path / 'one'}: is a file. Pass another --name or --runs"
-    with pytest.raises(ConfigError, match=r"one/one: cannot be written \(Not a directory\)\. Choose another place"):
+    with pytest.raises(
+        BurnishError, match=r"one/one: cannot be written \(Not a directory\)\. Free some space"
+    ) as caught:
         claim_folder(config(tmp_path / "one"))
+    assert caught.value.exit_code == 1
+
+
+def test_places_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever notices it, our own code or the writing of whole files, exit code and form are the same."""
+
+    def deny(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", deny)
+    with pytest.raises(BurnishError, match=r"one: cannot be written \(Permission denied\)\. ") as ours:
+        claim_folder(config(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "touch", deny)
+    with pytest.raises(BurnishError, match=r"one/settings\.json: cannot be written \(Permission denied: ") as theirs:
+        claim_folder(config(tmp_path))
+    assert ours.value.exit_code == theirs.value.exit_code == 1
 
 
 def test_resuming_needs_a_whole_checkpoint_and_the_same_settings(tmp_path: Path) -> None:
