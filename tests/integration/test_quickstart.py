@@ -20,7 +20,7 @@ TEXTS = ["how do I open an account", "the branch closes at five"]
 
 
 def test_the_quickstart(tmp_path: Path) -> None:
-    # One thread, as conftest.py gives every process of the suite, so half of what two cores would give: two threads that
+    # One thread, as conftest.py gives every process of the suite: half of what two cores would give. Two threads that
     # wait for each other on a core that another test holds took up to 6 times as long (331 s of training for 50 s).
     variables = dict(os.environ)
     assert variables["OMP_NUM_THREADS"] == "1"
