@@ -25,6 +25,11 @@ os.environ.update(
     MKL_NUM_THREADS="1",
 )
 for _name in (
+    # Whoever asks for colours, or for none, asks it of pytest: the program's own output is compared as plain text.
+    "PY_COLORS",
+    "FORCE_COLOR",
+    "NO_COLOR",
+    "GITHUB_ACTIONS",
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
     "HF_ENDPOINT",

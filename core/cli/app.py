@@ -178,10 +178,12 @@ def doctor(
     """Explain family, dtype, pooling, backend, kernels, patches and LoRA targets for a model."""
     from ..doctor import explain
     from ..errors import ConfigError
+    from .quiet import quiet
     from .show import sections
 
     if no_plugins and plugin:
         raise ConfigError("both are given", where="--plugin, --no-plugins", fix="Pass one of them")
+    quiet()
     sections(
         explain(
             model,
@@ -207,8 +209,10 @@ def list_plugins(
     if context.invoked_subcommand is not None:
         return
     from ..doctor import plugin_rows
+    from .quiet import hush_bitsandbytes
     from .show import table
 
+    hush_bitsandbytes()
     headings = ("plugin", "provides", "distribution", "version", "contract", "health")
     rows, broken = plugin_rows(check=check)
     table("Plugins" if check else "Plugins (from their metadata; --check imports them)", headings, rows)

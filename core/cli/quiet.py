@@ -6,16 +6,22 @@ import logging
 from functools import partial
 
 
+def _wanted(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
+
+
+def hush_bitsandbytes() -> None:
+    """Keep one note from the terminal: bitsandbytes, imported by peft where it is installed, looks for a CPU kernel on
+    the Hub and tells everyone that it did not find it, also those who never asked for 4 bits on a CPU."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_wanted)
+
+
 def quiet() -> None:
     """Switch off the bars of transformers ("Loading weights", "Writing model shards"), datasets and model cards.
 
     For a process that is all ours. The Hub's download bars stay: they are what a user waits for.
     """
-    # bitsandbytes, imported by peft where it is installed, looks for a CPU kernel on the Hub and reports that it did
-    # not find it, to everyone who never asked for 4 bits on a CPU.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-        lambda record: "gemm_4bit_forward" not in record.getMessage()
-    )
+    hush_bitsandbytes()
     import datasets  # type: ignore[import-untyped]
     from sentence_transformers.base import model_card
     from tqdm import tqdm  # type: ignore[import-untyped]

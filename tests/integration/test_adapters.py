@@ -217,6 +217,10 @@ def test_loftq(adapt: Make) -> None:
         with pytest.raises(ConfigError, match="bitsandbytes is not available"):
             adapt(init_lora_weights="loftq")
         return
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="LoftQ quantises on a CUDA device"):
+            adapt(init_lora_weights="loftq")
+        return
     weights = [trained(adapt(init_lora_weights="loftq", loftq_config=entry)) for entry in (None, {"loftq_bits": 8})]
     assert all(values.abs().max() > 0 for entry in weights for values in entry.values())
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -77,7 +77,7 @@ def loss_and_gradients(model: Any, case: str) -> tuple[float, dict[str, Tensor]]
     assert ("cu_seq_lens_q" in features[0]) == (model.burnish.packed is not None)
     result = make(model)(features, labels)
     value: Tensor = torch.stack(list(result.values())).sum() if isinstance(result, dict) else result
-    value.backward()
+    torch.autograd.backward(value)
     return value.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
