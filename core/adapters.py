@@ -138,11 +138,11 @@ def _initialisation(settings: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("it acts only on LoftQ's initialisation", where="loftq_config", fix=fix)
     if start != "loftq":
         return {}
+    if odd := sorted(set(loftq or ()) - {"loftq_bits", "loftq_iter"}):
+        raise ConfigError(f"{odd[0]!r} is unknown", where="loftq_config", fix="It takes loftq_bits and loftq_iter")
     if find_spec("bitsandbytes") is not None and not torch.cuda.is_available():
         fix = "Use a CUDA device, or another initialisation"
         raise ConfigError("LoftQ quantises on a CUDA device, and none is here", where="init_lora_weights", fix=fix)
-    if odd := sorted(set(loftq or ()) - {"loftq_bits", "loftq_iter"}):
-        raise ConfigError(f"{odd[0]!r} is unknown", where="loftq_config", fix="It takes loftq_bits and loftq_iter")
     return {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1, **(loftq or {})}}
 
 

@@ -244,8 +244,7 @@ def dispatch(arguments: list[str]) -> int:
     """Run one command; a name that is not ours may be a plugin's. Wrong use comes out in one line, exit code 2."""
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         return _plugin_command(arguments)
-    if not arguments or arguments[0] == "--help":
-        app.info.epilog = _epilog()
+    app.info.epilog = _epilog() if not arguments or arguments[0] == "--help" else CODES
     try:
         code = int(app(arguments, prog_name="burnish", standalone_mode=False) or 0)
     except typer.Abort as interruption:
