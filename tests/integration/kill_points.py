@@ -223,6 +223,7 @@ def moments(model: str, data: str, runs: Path) -> dict[str, Any]:
             os.kill(pid, signal.SIGKILL)
             code = ended(pid)
         if code == 0 and name in ("report", "metrics"):
+            faults += [f"{name}: {fault}" for fault in look(runs, model)]
             continue  # open for milliseconds, and missed on a busy machine: the kill at every file operation covers it
         if code != -signal.SIGKILL:
             faults.append(f"{name}: not caught in time, the run ended with {code}: {log.read_text()[-400:]}")
