@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from .checks import check, check_functions, check_members, check_name, check_tuples, check_types
-from .needs import ANYTHING, DTYPES, DType
+from .needs import DTYPES, DType
 from .needs import Machine as Machine
 from .needs import Needs as Needs
+from .offers import BackendSpec as BackendSpec
+from .offers import CommandSpec as CommandSpec
+from .offers import ExporterSpec as ExporterSpec
+from .offers import ExportRequest as ExportRequest
+from .offers import KernelSpec as KernelSpec
+from .offers import Step as Step
+from .offers import StepContext as StepContext
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 CONTRACT = 1
@@ -113,12 +119,20 @@ class Precision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """Where a task head reads a packed batch: each text's first token, last token, or every token."""
+    """How a task head reads a packed batch.
 
-    reads: Literal["first", "last", "every"]
+    Args:
+        reads: What of each text the head reads: its first token, its last token, the mean of its tokens, or every one.
+        logits: From the model with its head, and the (N, hidden) vectors it reads (for "every", (T, hidden)), to the
+            (N, labels) logits (for "every", (T, labels)), as the model's own `forward` computes them from padded input.
+    """
+
+    reads: Literal["first", "last", "mean", "every"]
+    logits: HeadRule
 
     def __post_init__(self) -> None:
-        check_members(self, "reads", [self.reads], ("first", "last", "every"))
+        check_members(self, "reads", [self.reads], ("first", "last", "mean", "every"))
+        check_functions(self, "logits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +179,17 @@ class Patch:
         check(bool(self.why), self, f"{self.path}: why is empty")
 
 
+HeadRule: TypeAlias = "Callable[[PreTrainedModel, Tensor], Tensor]"
 PoolingRule: TypeAlias = "Pooling | Callable[[PretrainedConfig, frozenset[str]], Pooling]"
+SampleRule: TypeAlias = "Callable[[Literal['tiny', 'base']], PretrainedConfig]"
 PatchRule: TypeAlias = "Callable[[PreTrainedModel, Machine], Sequence[Patch]]"
+
+
+def patch_all(model: PreTrainedModel, old: type, new: type, why: str) -> tuple[Patch, ...]:
+    """A patch for every module of `model` whose class is exactly `old`."""
+    return tuple(
+        Patch(path=path, old=old, new=new, why=why) for path, module in model.named_modules() if type(module) is old
+    )
 
 
 def no_patches(model: PreTrainedModel, machine: Machine) -> Sequence[Patch]:
@@ -184,10 +207,12 @@ class Family:
         lora: The layers LoRA adapts by default.
         packing: How unpadded input is exact; None where the model only takes padded input.
         precision: The dtype policy.
+        prompts: Prompt texts by name for a repository that says nothing of its own (no `modules.json`), such as
+            {"query": "query: "}. What a repository saved always wins.
         patches: Replacements for training, given the loaded transformer and the machine.
         checkpointing: Replacements needed before transformers' own gradient checkpointing works or is right; None
             where it is right as it is.
-        heads: Task ("sequence-classification", "text-generation") to where its head reads a packed batch.
+        heads: Task ("sequence-classification", "text-generation") to how its head reads a packed batch.
         exports: Which export targets apply.
         leaves: What this family leaves on the table, one line each, told to the user by `burnish doctor`.
     """
@@ -197,6 +222,7 @@ class Family:
     lora: LoraTargets = LoraTargets()
     packing: Packing | None = None
     precision: Precision = Precision()
+    prompts: Mapping[str, str] = field(default_factory=dict)
     patches: PatchRule = no_patches
     checkpointing: PatchRule | None = None
     heads: Mapping[str, Head] = field(default_factory=dict)
@@ -205,13 +231,15 @@ class Family:
 
     def __post_init__(self) -> None:
         check_name(self, self.name)
-        check_types(self, lora=LoraTargets, precision=Precision, exports=Exports, heads=Mapping)
+        check_types(self, lora=LoraTargets, precision=Precision, exports=Exports, heads=Mapping, prompts=Mapping)
         check_types(self, packing=(Packing, NoneType))
         check_tuples(self, "leaves")
         check_functions(self, "patches")
         pooled = isinstance(self.pooling, Pooling) or callable(self.pooling)
         check(pooled, self, "pooling is not a Pooling or a function")
         check(self.checkpointing is None or callable(self.checkpointing), self, "checkpointing is not a function")
+        texts = all(isinstance(text, str) for pair in self.prompts.items() for text in pair)
+        check(texts, self, "prompts do not map names to texts")
         odd = [task for task, head in self.heads.items() if not isinstance(head, Head)]
         check(not odd, self, f"heads {odd} are not a Head")
 
@@ -234,6 +262,8 @@ class FamilySpec:
         specificity: For a config of a claimed type: 0 if it does not take it after all, 1 if it takes any of that type,
             more for a narrower claim. The narrowest claim wins; equal claims of two plugins are an error.
         fallback: Takes any config, and only where nobody claims it.
+        sample: Makes a config for random weights: "tiny" (hidden size 32, two layers or as many as the architecture has
+            kinds of, vocabulary of 200 or more) for the conformance suite, "base" (a common size) for timing.
     """
 
     name: str
@@ -241,10 +271,12 @@ class FamilySpec:
     build: Callable[[PretrainedConfig], Family]
     specificity: Callable[[PretrainedConfig], int] | None = None
     fallback: bool = False
+    sample: SampleRule | None = None
 
     def __post_init__(self) -> None:
         check_name(self, self.name)
         check_functions(self, "build")
+        check(self.sample is None or callable(self.sample), self, "sample is not a function")
         check_tuples(self, "model_types")
         for model_type in self.model_types:
             check_name(self, model_type)
@@ -256,115 +288,3 @@ class FamilySpec:
         if self.fallback or config.model_type not in self.model_types:
             return 0
         return 1 if self.specificity is None else int(self.specificity(config))
-
-
-Step: TypeAlias = "Callable[[torch.nn.Module, Mapping[str, Any], Any], torch.Tensor]"
-"""Forward and backward of one micro-batch: (model, the collator's batch, items in the whole batch or None) to the loss,
-detached, a float32 scalar; gradients are added to the parameters' `.grad`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepContext:
-    """What a backend gets to build a training step from.
-
-    Args:
-        model: The SentenceTransformer in training.
-        family: What the model's plugin says about it.
-        machine: Where it runs.
-        arguments: The trainer's arguments.
-        eager: Sentence Transformers' own step: exact, on any device, the thing to be equal to.
-    """
-
-    model: torch.nn.Module
-    family: Family
-    machine: Machine
-    arguments: Any
-    eager: Step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackendSpec:
-    """A way to execute a training step.
-
-    Args:
-        name: What the user passes as `backend=`.
-        summary: One line for `burnish plugins`.
-        build_step: Turns a loaded model into an executable step.
-        needs: What it cannot run without.
-        priority: With `backend="auto"` the highest priority that can be had wins; the reference has 0.
-    """
-
-    name: str
-    summary: str
-    build_step: Callable[[StepContext], Step]
-    needs: Needs = ANYTHING
-    priority: int = 0
-
-    def __post_init__(self) -> None:
-        check_name(self, self.name)
-        check(self.name != "auto", self, "a backend cannot be called 'auto'")
-        check_functions(self, "build_step")
-        check_types(self, summary=str, needs=Needs, priority=int)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelSpec:
-    """An implementation of a named operation.
-
-    Args:
-        operation: The operation's name, such as "packed_attention".
-        name: The implementation's name, such as "reference".
-        load: Imports and returns the function; called once, when it is first needed.
-        needs: What it cannot run without.
-        priority: The highest priority that can be had wins; a plain reference has 0.
-    """
-
-    operation: str
-    name: str
-    load: Callable[[], Callable[..., Any]]
-    needs: Needs = ANYTHING
-    priority: int = 0
-
-    def __post_init__(self) -> None:
-        check_name(self, self.operation)
-        check_name(self, self.name)
-        check_functions(self, "load")
-        check_types(self, needs=Needs, priority=int)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRequest:
-    """What an exporter gets: a saved folder, where to write, and the target's own options."""
-
-    source: Path
-    output: Path
-    options: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExporterSpec:
-    """A target of `burnish export --target NAME`. `run` writes into `request.output` and returns the files it made."""
-
-    target: str
-    summary: str
-    run: Callable[[ExportRequest], Sequence[Path]]
-    needs: Needs = ANYTHING
-
-    def __post_init__(self) -> None:
-        check_name(self, self.target)
-        check_functions(self, "run")
-        check_types(self, summary=str, needs=Needs)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommandSpec:
-    """A command `burnish NAME …`. `run` gets the arguments after the name and returns the exit code."""
-
-    name: str
-    summary: str
-    run: Callable[[Sequence[str]], int]
-
-    def __post_init__(self) -> None:
-        check_name(self, self.name)
-        check_functions(self, "run")
-        check_types(self, summary=str)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pluggy
 
-from . import checks, contracts, hookspecs
+from . import checks, contracts, hookspecs, offers
 from .contracts import BackendSpec, CommandSpec, ExporterSpec, FamilySpec, KernelSpec
 from .discovery import CAPABILITIES, Plugin, find, installed, under_policy
 from .errors import BurnishError, PluginError
@@ -190,7 +190,7 @@ def _shared_modules() -> int:
 
 def _place(error: BaseException) -> str:
     """Where a plugin's own code raised: the innermost frame that is neither the import system's nor the contract's."""
-    ours = (__file__, contracts.__file__, checks.__file__, "<string>", "<frozen ")
+    ours = (__file__, contracts.__file__, offers.__file__, checks.__file__, "<string>", "<frozen ")
     machinery = ("importlib", "pluggy")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         folders = frame.filename.replace("\\", "/").split("/")

@@ -1,0 +1,128 @@
+"""What plugins offer beside families: backends, kernels, export targets and commands. Part of the contract, re-exported
+by `contracts`, where plugins import it from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .checks import check, check_functions, check_name, check_types
+from .needs import ANYTHING, Machine, Needs
+
+if TYPE_CHECKING:
+    import torch
+
+    from .contracts import Family
+
+Step: TypeAlias = "Callable[[torch.nn.Module, Mapping[str, Any], Any], torch.Tensor]"
+"""Forward and backward of one micro-batch: (model, the collator's batch, items in the whole batch or None) to the loss,
+detached, a float32 scalar; gradients are added to the parameters' `.grad`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What a backend gets to build a training step from.
+
+    Args:
+        model: The SentenceTransformer in training.
+        family: What the model's plugin says about it.
+        machine: Where it runs.
+        arguments: The trainer's arguments.
+        eager: Sentence Transformers' own step: exact, on any device, the thing to be equal to.
+    """
+
+    model: torch.nn.Module
+    family: Family
+    machine: Machine
+    arguments: Any
+    eager: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSpec:
+    """A way to execute a training step.
+
+    Args:
+        name: What the user passes as `backend=`.
+        summary: One line for `burnish plugins`.
+        build_step: Turns a loaded model into an executable step.
+        needs: What it cannot run without.
+        priority: With `backend="auto"` the highest priority that can be had wins; the reference has 0.
+    """
+
+    name: str
+    summary: str
+    build_step: Callable[[StepContext], Step]
+    needs: Needs = ANYTHING
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self, self.name)
+        check(self.name != "auto", self, "a backend cannot be called 'auto'")
+        check_functions(self, "build_step")
+        check_types(self, summary=str, needs=Needs, priority=int)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSpec:
+    """An implementation of a named operation.
+
+    Args:
+        operation: The operation's name, such as "packed_attention".
+        name: The implementation's name, such as "reference".
+        load: Imports and returns the function; called once, when it is first needed.
+        needs: What it cannot run without.
+        priority: The highest priority that can be had wins; a plain reference has 0.
+    """
+
+    operation: str
+    name: str
+    load: Callable[[], Callable[..., Any]]
+    needs: Needs = ANYTHING
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self, self.operation)
+        check_name(self, self.name)
+        check_functions(self, "load")
+        check_types(self, needs=Needs, priority=int)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """What an exporter gets: a saved folder, where to write, and the target's own options."""
+
+    source: Path
+    output: Path
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExporterSpec:
+    """A target of `burnish export --target NAME`. `run` writes into `request.output` and returns the files it made."""
+
+    target: str
+    summary: str
+    run: Callable[[ExportRequest], Sequence[Path]]
+    needs: Needs = ANYTHING
+
+    def __post_init__(self) -> None:
+        check_name(self, self.target)
+        check_functions(self, "run")
+        check_types(self, summary=str, needs=Needs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandSpec:
+    """A command `burnish NAME …`. `run` gets the arguments after the name and returns the exit code."""
+
+    name: str
+    summary: str
+    run: Callable[[Sequence[str]], int]
+
+    def __post_init__(self) -> None:
+        check_name(self, self.name)
+        check_functions(self, "run")
+        check_types(self, summary=str)
