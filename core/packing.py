@@ -77,6 +77,8 @@ def _attention(operation: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
         # (1, heads, tokens, size) to (tokens, heads, size) and back to (1, tokens, heads, size)
         packed = [states[0].transpose(0, 1) for states in (query, key, value)]
         settings: dict[str, Any] = {"scale": scaling, "dropout": dropout, "causal": causal, "window": sliding_window}
+        if (bias := kwargs.get("relative_bias")) is not None:
+            settings["bias"] = bias
         out = operation(*packed, bounds, int(kwargs["max_length_q"]), **settings)
         return out[None], None
 

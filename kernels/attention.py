@@ -21,23 +21,26 @@ def packed_attention(
     dropout: float = 0.0,
     causal: bool = False,
     window: int | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention inside each text (Vaswani et al. 2017, equation 1), in plain PyTorch on any device.
 
     The texts are laid side by side in a padded grid for the attention alone; everything around it stays packed. On two
     CPU cores with 32 texts of 40 to 96 tokens (12 heads of 32) forward and backward take 20 ms, a call for each text
-    takes 40 ms.
+    takes 40 ms. A window much shorter than the texts is computed as a band, not as a masked square.
 
     Args:
         query: (T, H, D), any floating dtype.
         key: (T, G, D), same dtype.
         value: (T, G, D), same dtype.
-        cu_seqlens: (N + 1,) integer, the first token of each text and T at the end.
+        cu_seqlens: (N + 1,) integer, the first token of each text and T at the end. A text may be empty.
         max_length: L.
         scale: Factor on the scores; None means 1 / sqrt(D).
         dropout: Probability with which a weight is dropped.
         causal: Whether a token sees only itself and earlier ones.
         window: Tokens further apart than `window` - 1 do not see each other; None means all do.
+        bias: (H, 2 L - 1), added to the scaled scores by distance: entry L - 1 + d where the key stands d tokens after
+            the query (Raffel et al. 2020, section 2.1). None adds nothing.
 
     Returns:
         (T, H, D) in the dtype of `query`.
@@ -53,19 +56,24 @@ def packed_attention(
         cells = packed.new_zeros(texts * max_length, heads, size).index_copy(0, cell, packed)
         return cells.view(texts, max_length, heads, size).transpose(1, 2)
 
-    keys, values = grid(key), grid(value)
+    queries, keys, values = grid(query), grid(key), grid(value)
     if key.shape[1] != query.shape[1]:
         share = query.shape[1] // key.shape[1]
         keys, values = keys.repeat_interleave(share, dim=1), values.repeat_interleave(share, dim=1)
-    mask = _visible(ends - starts, max_length, causal, window)
-    out = functional.scaled_dot_product_attention(grid(query), keys, values, mask, dropout, scale=scale)
+    if bias is None and window is not None and 0 < 8 * (window - 1) <= max_length:
+        out = _banded(queries, keys, values, ends - starts, scale, dropout, causal, window)
+    else:
+        mask = _visible(ends - starts, max_length, causal, window)
+        if bias is not None:
+            mask = _by_distance(bias, max_length).to(query.dtype).masked_fill(~mask, -torch.inf)
+        out = functional.scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=scale)
     return out.transpose(1, 2).reshape(texts * max_length, *query.shape[1:]).index_select(0, cell)
 
 
 def _visible(lengths: Tensor, max_length: int, causal: bool, window: int | None) -> Tensor:
     """(N, 1, 1 or L, L) bool: which key each query may see. Empty cells see cell 0, so that no row is all false."""
     place = torch.arange(max_length, device=lengths.device)
-    mask = (place < lengths[:, None]).view(-1, 1, 1, max_length)
+    mask = (place < lengths.clamp(min=1)[:, None]).view(-1, 1, 1, max_length)
     distance = place[:, None] - place
     if causal:
         mask = mask & (distance >= 0)
@@ -73,6 +81,64 @@ def _visible(lengths: Tensor, max_length: int, causal: bool, window: int | None)
         # A query in a cell past the text's end may have no key in reach; it sees itself, and nobody reads it.
         mask = (mask & (distance.abs() < window)) | (distance == 0)
     return mask
+
+
+def _by_distance(bias: Tensor, max_length: int) -> Tensor:
+    """(1, H, L, L): the bias of each pair of places, from (H, 2 L - 1) by distance."""
+    place = torch.arange(max_length, device=bias.device)
+    index = place - place[:, None] + max_length - 1
+    # index_select, since the backward of advanced indexing adds one element at a time: 20 times slower on a CPU.
+    chosen = bias.index_select(1, index.flatten())
+    return chosen.view(1, bias.shape[0], max_length, max_length)
+
+
+def _banded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    scale: float | None,
+    dropout: float,
+    causal: bool,
+    window: int,
+) -> Tensor:
+    """Attention inside a window as a band: blocks of 2 (window - 1) queries, each over its own keys and window - 1 on
+    either side (Beltagy et al. 2020, section 3.1), so that the cost grows with the window and not with the text.
+
+    On one CPU core, 12 heads of 64 and a window of 65, forward and backward of 8 texts of 512 tokens take 371 ms where
+    the masked square takes 483 ms, of 4 texts of 1024 393 against 879 ms, of 2 texts of 2048 464 against 1979 ms. At
+    256 tokens the square is faster: hence the factor of 8 above.
+
+    Args:
+        query, key, value: Each (N, H, L, D).
+        lengths: (N,), tokens of each text.
+        scale, dropout, causal, window: As in `packed_attention`; `window` above 1.
+    """
+    texts, heads, length, size = query.shape
+    reach = window - 1
+    block = 2 * reach
+    blocks = -(-length // block)
+    extra = blocks * block - length
+    query = functional.pad(query, (0, 0, 0, extra)).view(texts, heads, blocks, block, size)
+
+    def around(grid: Tensor) -> Tensor:
+        padded = functional.pad(grid, (0, 0, reach, extra + reach))
+        return padded.unfold(2, block + 2 * reach, block).transpose(-1, -2)
+
+    place = torch.arange(blocks * block, device=query.device).view(blocks, block, 1)
+    other = place[:, :1] - reach + torch.arange(block + 2 * reach, device=query.device)
+    seen = ((place - other).abs() < window) & (other >= 0)
+    if causal:
+        seen = seen & (other <= place)
+    mask = (seen & (other < lengths.view(-1, 1, 1, 1))) | (place == other)
+
+    def rows(parts: Tensor) -> Tensor:
+        return parts.transpose(1, 2).flatten(0, 1)
+
+    out = functional.scaled_dot_product_attention(
+        rows(query), rows(around(key)), rows(around(value)), mask.flatten(0, 1)[:, None], dropout, scale=scale
+    )
+    return out.view(texts, blocks, heads, block, size).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def flash_packed_attention(
@@ -86,16 +152,19 @@ def flash_packed_attention(
     dropout: float = 0.0,
     causal: bool = False,
     window: int | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`packed_attention` by the FlashAttention-2 kernels that PyTorch carries (Dao 2023), for CUDA.
 
     `torch.nn.attention.varlen` wraps the same operator but has no dropout, so the operator itself is called. It takes
-    float16 and bfloat16 only: float32 input goes through the plain version, exact and slower.
+    float16 and bfloat16 only, and no bias: float32 input and relative positions go through the plain version, exact and
+    slower.
     """
-    if query.dtype not in (torch.float16, torch.bfloat16):
+    if query.dtype not in (torch.float16, torch.bfloat16) or bias is not None:
         return packed_attention(
-            query, key, value, cu_seqlens, max_length, scale=scale, dropout=dropout, causal=causal, window=window
-        )
+            query, key, value, cu_seqlens, max_length, scale=scale, dropout=dropout, causal=causal, window=window,
+            bias=bias,
+        )  # fmt: skip
     bounds = cu_seqlens.int()
     left = None if window is None else window - 1
     out: Tensor = torch.ops.aten._flash_attention_forward(

@@ -41,6 +41,7 @@ def by_text(
     scale: float | None = None,
     causal: bool = False,
     window: int | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The definition, one text at a time, with no mask but the one it spells out."""
     out = []
@@ -50,6 +51,8 @@ def by_text(
         q, k, v = query[rows], key[rows].repeat_interleave(share, 1), value[rows].repeat_interleave(share, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * (1 / math.sqrt(query.shape[2]) if scale is None else scale)
         for i, j in itertools.product(range(length), repeat=2):
+            if bias is not None:
+                scores[:, i, j] += bias[:, max(lengths) - 1 + j - i]
             if (causal and j > i) or (window is not None and abs(i - j) >= window):
                 scores[:, i, j] = -math.inf
         out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
@@ -100,7 +103,7 @@ def test_equals_attention_text_by_text(
 
 @settings(max_examples=40)
 @given(
-    lengths=st.lists(st.integers(1, 17), min_size=1, max_size=9).map(tuple),
+    lengths=st.lists(st.integers(0, 17), min_size=1, max_size=9).filter(any).map(tuple),
     heads=st.sampled_from([(1, 1), (3, 3), (6, 2), (4, 1)]),
     causal=st.booleans(),
     window=st.none() | st.integers(1, 20),
@@ -110,6 +113,46 @@ def test_equals_attention_text_by_text_for_any_lengths(
     lengths: tuple[int, ...], heads: tuple[int, int], causal: bool, window: int | None, scale: float | None
 ) -> None:
     compare(lengths, *heads, torch.float64, 1e-10, causal=causal, window=window, scale=scale)
+
+
+@pytest.mark.parametrize("window, causal", [(2, False), (4, False), (5, True), (9, False), (13, True)])
+def test_a_window_is_a_band_and_equals_the_masked_square(window: int, causal: bool) -> None:
+    lengths = (8 * (window - 1), 3, 0, 23, 1, 100)
+    assert 8 * (window - 1) <= max(lengths), "this would be computed as a square"
+    compare(lengths, 4, 2, torch.float64, 1e-12, window=window, causal=causal)
+
+
+def test_a_band_holds_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks grow with the window, not with the square of the text."""
+    sizes = []
+    plain = attention.functional.scaled_dot_product_attention
+
+    def seen(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *rest: Any, **options: Any) -> Tensor:
+        sizes.append(mask.numel())
+        return plain(query, key, value, mask, *rest, **options)
+
+    monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", seen)
+    for length in (64, 128, 256):
+        packed_attention(*inputs((length, length), 4, 4, 8)[:3], bounds((length, length)), length, window=5)
+    assert sizes == [2 * 16 * length for length in (64, 128, 256)]
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 4}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize("lengths", [(6,), (1, 1), RAGGED], ids=str)
+def test_a_bias_by_distance_is_added_and_trained(lengths: tuple[int, ...], options: dict[str, Any]) -> None:
+    draw = torch.Generator().manual_seed(5)
+    table = torch.randn(4, 2 * max(lengths) - 1, generator=draw, dtype=torch.float64)
+    found = []
+    for operation, where in ((by_text, (lengths,)), (packed_attention, (bounds(lengths), max(lengths)))):
+        bias = table.clone().requires_grad_()
+        results = run(operation, inputs(lengths, 4, 4, 8), torch.float64, *where, bias=bias, **options)
+        assert bias.grad is not None
+        found.append([*results, bias.grad])
+    assert max(lengths) == 1 or found[0][4].abs().max() > 1e-3
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    bare = run(packed_attention, inputs(lengths, 4, 4, 8), torch.float64, bounds(lengths), max(lengths), **options)
+    assert max(lengths) == 1 or not torch.allclose(bare[0], found[1][0])
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 4}], ids=str)
