@@ -60,6 +60,31 @@ def add_lora(
     return notes + _reading_note(config)
 
 
+def split_saved(model: SentenceTransformer, names: Sequence[str] | None) -> tuple[list[str] | None, frozenset[str]]:
+    """`modules_to_save` in two: what PEFT finds in the transformer, and the classes of modules that come after it."""
+    after = {type(module).__name__ for module in list(model.children())[1:] if any(True for _ in module.parameters())}
+    inside = [name for name in names or () if name not in after]
+    return inside or None, frozenset(names or ()) & after
+
+
+def freeze_after_pooling(model: SentenceTransformer, kept: frozenset[str]) -> list[str]:
+    """Freeze what stands after the transformer (Dense layers), but for the classes in `kept`; what was done, in words.
+
+    Under an adapter the model it was made for stays as it is. Such layers are saved with the adapter all the same.
+    """
+    notes = []
+    for name, module in list(model.named_children())[1:]:
+        size = sum(parameter.numel() for parameter in module.parameters())
+        trains = type(module).__name__ in kept
+        module.requires_grad_(trains)
+        if size and not trains:
+            kind = type(module).__name__
+            notes.append(
+                f"module {name} ({kind}, {size / 1e6:.1f}M) stays frozen; modules_to_save=[{kind!r}] trains it"
+            )
+    return notes
+
+
 def check_adaptable(model: SentenceTransformer) -> PreTrainedModel:
     """The model's transformer, if it can take an adapter now.
 

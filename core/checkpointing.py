@@ -39,6 +39,8 @@ def enable_checkpointing(
     if option is False:
         return "off"
     check_checkpointing(model, family)
+    if not model.supports_gradient_checkpointing:
+        model.supports_gradient_checkpointing = True  # on this instance, whose layers the family has made fit for it
     on_host = model.device.type == "cpu"
     keywords: dict[str, Any] = {"every_n_layers": every_n_layers, "offload": option == "offload" and not on_host}
     # transformers 5.18 renamed the method; the old name warns there and the new one is missing before.
@@ -66,4 +68,5 @@ def disable_checkpointing(model: PreTrainedModel) -> str:
     """Switch checkpointing off; returns "off"."""
     if model.supports_gradient_checkpointing:
         model._set_gradient_checkpointing(enable=False)
+    vars(model).pop("supports_gradient_checkpointing", None)
     return "off"

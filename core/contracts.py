@@ -159,6 +159,8 @@ class Patch:
 
     Args:
         path: The module's path inside the transformer (`named_modules`), such as "encoder.layer.0.attention.self".
+            Empty for the transformer itself, whose `new` must be called as `old` is (`new.__name__ = old.__name__`),
+            since that name is what a saved config says of the architecture.
         old: The class the module must have, exactly. Anything else is skipped, and said so.
         new: The class it gets (`module.__class__ = new`). It must keep parameters, buffers and state-dict keys.
         why: What it is for, one line; the user reads it.
@@ -170,13 +172,14 @@ class Patch:
     why: str
 
     def __post_init__(self) -> None:
-        check(bool(self.path), self, "path is empty: a patch replaces a module inside the model, not the model")
         classes = isinstance(self.old, type) and isinstance(self.new, type)
         check(classes, self, f"{self.path}: old and new must be classes")
         check(self.new is not self.old, self, f"{self.path}: old and new are the same class")
         inherits = issubclass(self.new, self.old)
         check(inherits, self, f"{self.path}: {self.new.__name__} does not subclass {self.old.__name__}")
         check(bool(self.why), self, f"{self.path}: why is empty")
+        named = bool(self.path) or self.new.__name__ == self.old.__name__
+        check(named, self, f"the transformer's own class must keep its name: set {self.new.__qualname__}.__name__")
 
 
 HeadRule: TypeAlias = "Callable[[PreTrainedModel, Tensor], Tensor]"

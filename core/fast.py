@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .adapters import add_lora, check_adaptable
+from .adapters import add_lora, check_adaptable, freeze_after_pooling, split_saved
 from .errors import ConfigError, ModelError
 from .loading import first_line
 from .model import SentenceTransformer
@@ -185,7 +185,8 @@ class FastSentenceTransformer:
             bias: "none", "all" or "lora_only": which biases train.
             use_rslora: Rank-stabilised scale (Kalajdzievski 2023).
             use_dora: Weight-decomposed LoRA (Liu et al. 2024).
-            modules_to_save: Modules to train and save in full beside the adapter.
+            modules_to_save: Modules to train and save in full beside the adapter; "Dense" for the layers that some
+                models have after the pooling, frozen otherwise.
             layers_to_transform: Indices of the layers to adapt; None is all.
             init_lora_weights: PEFT's initialisation: True, False, "gaussian", "pissa", "loftq", …
             loftq_config: For `init_lora_weights="loftq"`.
@@ -207,6 +208,7 @@ class FastSentenceTransformer:
             model.check_max_seq_length(max_seq_length)
         if option is not None:
             set_checkpointing(model.burnish, transformer, option, "use_gradient_checkpointing")
+        inside, kept = split_saved(model, modules_to_save)
         lora = {
             "r": r,
             "lora_alpha": lora_alpha,
@@ -214,7 +216,7 @@ class FastSentenceTransformer:
             "bias": bias,
             "use_rslora": use_rslora,
             "use_dora": use_dora,
-            "modules_to_save": None if modules_to_save is None else list(modules_to_save),
+            "modules_to_save": inside,
             "layers_to_transform": layers_to_transform,
             "init_lora_weights": init_lora_weights,
             "loftq_config": dict(loftq_config) if loftq_config else None,
@@ -222,6 +224,7 @@ class FastSentenceTransformer:
             "task_type": task_type,
         }
         notes = add_lora(transformer, family, random_state=random_state, target_modules=target_modules, lora=lora)
+        notes += freeze_after_pooling(model, kept)
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -39,7 +39,8 @@ class Entry:
     def row(self) -> tuple[str, str, str, str]:
         """(module, patch, state, reason) for tables."""
         patch = self.claim.patch
-        return (patch.path, f"{patch.old.__name__} → {patch.new.__name__}", self.state, self.reason or patch.why)
+        classes = f"{patch.old.__name__} → {patch.new.__qualname__.rpartition('.')[2]}"
+        return (patch.path or "the model itself", classes, self.state, self.reason or patch.why)
 
 
 @dataclass(slots=True)
@@ -141,9 +142,9 @@ def _refuse_meeting(claims: Iterable[Claim]) -> None:
         taken[path] = claim
     for path, claim in taken.items():
         parts = path.split(".")
-        for ancestor in (".".join(parts[:depth]) for depth in range(1, len(parts))):
+        for ancestor in ("", *(".".join(parts[:depth]) for depth in range(1, len(parts)))):
             if ancestor in taken and taken[ancestor].owner != claim.owner:
-                raise _meeting(taken[ancestor], claim, f"{path} and its ancestor {ancestor}")
+                raise _meeting(taken[ancestor], claim, f"{path} and its ancestor {ancestor or '(the model itself)'}")
 
 
 def _meeting(first: Claim, second: Claim, what: str) -> PatchError:

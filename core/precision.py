@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .contracts import Machine, Precision
@@ -64,6 +64,8 @@ def choose_precision(
     """
     _check_sixteen_bit(options, checkpoint)
     choice = _asked(options, machine, policy, checkpoint) or _by_policy(options, policy, machine)
+    if checkpoint is not None and choice.dtype not in (None, checkpoint):
+        choice = replace(choice, reason=f"{choice.reason}; the checkpoint is {_name(checkpoint)}")
     if choice.dtype is not None and (name := _name(choice.dtype)) in policy.refused:
         what = f"this architecture must not run in {name}: {policy.refused[name]}"
         raise ModelError(what, where="dtype", fix="Pass dtype=None for the family's policy")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ class Preparation:
         plan: The patches, with what became of each.
         packed: Packed input, or None where the input stays padded.
         pooling: Where the pooling came from.
+        notes: Further (what, how) rows: prompts, chat template, layers after the pooling.
         checkpointing: What gradient checkpointing does, or "off".
     """
 
@@ -39,6 +40,7 @@ class Preparation:
     packed: PackedInput | None
     pooling: str
     checkpointing: str = "off"
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, what was chosen and why), for tables."""
@@ -48,6 +50,7 @@ class Preparation:
             ("family", f"{family.family.name} ({family.plugin.label}; {family.reason})"),
             ("weights", str(self.decision.precision)),
             ("pooling", self.pooling),
+            *self.notes,
             ("input", f"{'packed' if self.packed else 'padded'} ({self.decision.packed_reason})"),
             ("backend", f"{backend.spec.name} ({backend.reason})"),
             ("patches", f"{applied} applied, {len(self.plan.entries) - applied} not" if self.plan.entries else "none"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
-from transformers.models.bert.modeling_bert import BertModel, BertPooler
+from transformers import BertConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertModel, BertPooler, BertSelfAttention, eager_attention_forward
 
-from ..core.contracts import Exports, Family, FamilySpec, Head, LoraTargets, Machine, Packing, Patch, Pooling
+from ..core.contracts import Exports, Family, FamilySpec, Head, LoraTargets, Machine, Packing, Patch, Pooling, patch_all
 from ..core.hookspecs import hookimpl
+from ..kernels.linear import joined_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -23,6 +26,20 @@ class UnreadBertPooler(BertPooler):
         return cast(Tensor, None)
 
 
+class JoinedBertSelfAttention(BertSelfAttention):
+    """Query, key and value of an encoder as one product."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
+        """(batch, tokens, hidden) to the same shape, and the attention weights where the attention returns them."""
+        if past_key_values is not None:
+            return super().forward(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        layers = (self.query, self.key, self.value)
+        return joined_attention(self, hidden_states, layers, attend, attention_mask, **kwargs)
+
+
 def build(config: PretrainedConfig) -> Family:
     """What holds for every BERT encoder."""
     return Family(
@@ -32,23 +49,45 @@ def build(config: PretrainedConfig) -> Family:
         lora=LoraTargets(names=("query", "key", "value", "dense"), exclude=("pooler.dense",)),
         packing=Packing(position_offset=0),
         patches=patches,
-        heads={"sequence-classification": Head(reads="first")},
+        heads={"sequence-classification": Head(reads="first", logits=classify)},
         exports=Exports(
             gguf="bert", onnx=True, refused={"gguf-reranker": "the converter drops the pooler before the classifier"}
         ),
-        leaves=("query, key and value are three GEMMs each layer; one would do",),
+        leaves=(
+            "under an adapter, query, key and value stay three GEMMs each layer",
+            "norms, dropout and activations are transformers' own, each a pass over memory",
+        ),
     )
 
 
 def patches(model: PreTrainedModel, machine: Machine) -> Sequence[Patch]:
-    """Leave out the pooler of an encoder without a head: it costs a GEMM a step, and on packed input it would read the
-    first token of the first text only."""
-    if not isinstance(model, BertModel) or model.pooler is None:
-        return ()
-    why = "nothing reads its output in an embedding model"
-    return (Patch(path="pooler", old=BertPooler, new=UnreadBertPooler, why=why),)
+    """Leave out a pooler that nothing reads; on a GPU, join query, key and value."""
+    found: list[Patch] = []
+    if isinstance(model, BertModel) and model.pooler is not None:
+        # It costs a GEMM a step, and on packed input it would read the first token of the first text only.
+        why = "nothing reads its output in an embedding model"
+        found.append(Patch(path="pooler", old=BertPooler, new=UnreadBertPooler, why=why))
+    if machine.device != "cpu":  # on a CPU one product is no faster than three (decision 0005)
+        why = "query, key and value in one GEMM (three under an adapter)"
+        found += patch_all(model, BertSelfAttention, JoinedBertSelfAttention, why)
+    return found
+
+
+def classify(model: Any, vectors: Tensor) -> Tensor:
+    """(N, hidden) first tokens to (N, labels), by `BertForSequenceClassification`'s pooler and classifier."""
+    return cast(Tensor, model.classifier(model.dropout(model.bert.pooler(vectors[:, None]))))
+
+
+def sample(size: Literal["tiny", "base"]) -> PretrainedConfig:
+    """Random weights of two layers, or of bert-base."""
+    if size == "base":
+        return BertConfig()
+    return BertConfig(
+        vocab_size=250, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=96,
+    )  # fmt: skip
 
 
 @hookimpl
 def burnish_register_families() -> Iterable[FamilySpec]:
-    return [FamilySpec(name="bert", model_types=("bert",), build=build)]
+    return [FamilySpec(name="bert", model_types=("bert",), build=build, sample=sample)]

@@ -65,7 +65,7 @@ def packed_attention(
     else:
         mask = _visible(ends - starts, max_length, causal, window)
         if bias is not None:
-            mask = _by_distance(bias, max_length).to(query.dtype).masked_fill(~mask, -torch.inf)
+            mask = by_distance(bias, max_length).to(query.dtype).masked_fill(~mask, -torch.inf)
         out = functional.scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=scale)
     return out.transpose(1, 2).reshape(texts * max_length, *query.shape[1:]).index_select(0, cell)
 
@@ -83,7 +83,7 @@ def _visible(lengths: Tensor, max_length: int, causal: bool, window: int | None)
     return mask
 
 
-def _by_distance(bias: Tensor, max_length: int) -> Tensor:
+def by_distance(bias: Tensor, max_length: int) -> Tensor:
     """(1, H, L, L): the bias of each pair of places, from (H, 2 L - 1) by distance."""
     place = torch.arange(max_length, device=bias.device)
     index = place - place[:, None] + max_length - 1

@@ -1,0 +1,58 @@
+"""ModernBERT (Warner et al. 2024): ModernBERT-base and -large, gte-modernbert-base.
+
+Every third layer attends to the whole text (rotary base 160,000), the others to a window of 128 tokens around each
+(base 10,000). The window reaches the attention as `sliding_window`: there it is a band, never a mask of all pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torch import Tensor
+from transformers import ModernBertConfig
+
+from ..core.contracts import Exports, Family, FamilySpec, Head, LoraTargets, Packing, Pooling
+from ..core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def build(config: PretrainedConfig) -> Family:
+    """What holds for every ModernBERT encoder."""
+    reads: Literal["first", "mean"] = "mean" if getattr(config, "classifier_pooling", "cls") == "mean" else "first"
+    return Family(
+        name="modernbert",
+        pooling=Pooling(mode="mean", normalize=False),
+        # "dense" belongs to the prediction head of the masked-language and classification models.
+        lora=LoraTargets(names=("Wqkv", "Wo", "Wi"), exclude=("head.dense",)),
+        packing=Packing(position_offset=0, sliding_window=True),
+        heads={"sequence-classification": Head(reads=reads, logits=classify)},
+        exports=Exports(gguf="modern-bert", onnx=True),
+        leaves=(
+            "GeGLU, norms and rotary embedding are transformers' own: float32 copies of query and key each layer",
+            "no dropout by default, and none is added",
+        ),
+    )
+
+
+def classify(model: Any, vectors: Tensor) -> Tensor:
+    """(N, hidden) pooled tokens to (N, labels), by `ModernBertForSequenceClassification`'s head."""
+    return cast(Tensor, model.classifier(model.drop(model.head(vectors))))
+
+
+def sample(size: Literal["tiny", "base"]) -> PretrainedConfig:
+    """Random weights of three layers (the middle one local, 4 tokens to either side), or of ModernBERT-base."""
+    if size == "base":
+        return ModernBertConfig(pad_token_id=0)
+    return ModernBertConfig(
+        vocab_size=250, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        layer_types=["full_attention", "sliding_attention", "full_attention"], local_attention=8,
+        max_position_embeddings=96, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+
+
+@hookimpl
+def burnish_register_families() -> Iterable[FamilySpec]:
+    return [FamilySpec(name="modernbert", model_types=("modernbert",), build=build, sample=sample)]
