@@ -110,7 +110,7 @@ def explain(
     purpose: Purpose = "full" if full_finetuning else "adapters"
     named = None if plugins is None else tuple(plugins)
     options = LoadOptions(purpose=purpose, backend=backend, plugins=named, quiet=True)
-    repository = read_repository(model, trust_remote_code=trust_remote_code)
+    repository = read_repository(model, trust_remote_code=trust_remote_code, plugins=named)
     decision = decide(options, repository.config, device or get_device_name(), base=repository.base)
     transformer = _skeleton(repository, trust_remote_code)
     left = [("-", line) for line in decision.family.family.leaves]

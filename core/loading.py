@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .choices import BackendChoice, FamilyChoice, KernelChoice
-from .contracts import Family, Machine
+from .contracts import Family, FamilySpec, Machine
 from .errors import ConfigError, ModelError
 from .machine import describe
 from .options import LoadOptions
@@ -78,7 +78,12 @@ class Decision:
 
 
 def read_repository(
-    name: str, *, config_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False, **hub: Any
+    name: str,
+    *,
+    config_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    plugins: Iterable[str] | None = None,
+    **hub: Any,
 ) -> Repository:
     """Find a repository's files and read its config, from a folder, the cache or the Hub. No weights.
 
@@ -86,13 +91,14 @@ def read_repository(
         name: A folder or a Hub id.
         config_kwargs: Overrides for the config, as transformers takes them.
         trust_remote_code: Whether the repository's own Python may run.
+        plugins: Plugins that the run names. One that claims a model type which transformers does not know is asked
+            before the config is read: it may bring the encoder's classes.
         **hub: token, cache_folder, revision, local_files_only.
 
     Raises:
         ModelError: If there is no config to be read.
     """
     from sentence_transformers.util import load_file_path
-    from transformers import AutoConfig
 
     found = {file: path for file in PROBED if (path := load_file_path(name, file, **hub)) is not None}
     base: str | None = None
@@ -105,12 +111,32 @@ def read_repository(
         keywords["revision"] = None  # a revision names a commit of the adapter's repository, not of its base
     keywords |= {"trust_remote_code": trust_remote_code, **dict(config_kwargs or {})}
     try:
-        config = AutoConfig.from_pretrained(source, **keywords)
+        config = _read_config(source, keywords, plugins)
     except (OSError, ValueError) as error:
         owner = f"adapter {name}, base model {base}" if base else f"model {name}"
         fix = "Check the name or path, and the connection if it is on the Hub"
         raise ModelError(f"no usable config.json ({first_line(error)})", where=owner, fix=fix) from error
     return Repository(name=name, files=frozenset(found), config=config, base=base)
+
+
+def _read_config(source: str, keywords: Mapping[str, Any], plugins: Iterable[str] | None) -> PretrainedConfig:
+    """What AutoConfig reads. Where it does not know the model type, the plugins that claim the type are asked first:
+    theirs may register classes of their own for it."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    def read() -> PretrainedConfig:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, **keywords)
+        return config
+
+    try:
+        return read()
+    except ValueError:
+        kind = PretrainedConfig.get_config_dict(source, **keywords)[0].get("model_type")
+        known = registry(plugins)
+        claimants = known.claimants("model_type", kind) if kind and kind not in CONFIG_MAPPING else ()
+        if not known.collect(claimants, "burnish_register_families", FamilySpec):
+            raise
+        return read()
 
 
 def has_transformer(name: str, **hub: Any) -> bool:
