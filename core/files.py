@@ -36,6 +36,7 @@ STALE = (
     "adapter_model.safetensors",
     "adapter_model.bin",
     "sentence_bert_config.json",
+    "burnish.json",
     "config_sentence_transformers.json",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -28,6 +28,7 @@ from .options import LoadOptions, model_kwargs_dtype
 from .packing import POOLS_PACKED_PROMPTS, padded
 from .precision import PrecisionChoice
 from .preparation import Preparation, attention_name, describe_pooling, prepare, set_checkpointing
+from .provenance import Provenance, recall, write
 
 if TYPE_CHECKING:
     from typing import Self
@@ -43,11 +44,14 @@ class SentenceTransformer(Stock):
     Takes what that class takes, plus `options`. Made without options it is loaded for full fine-tuning, in float32
     unless `model_kwargs` says otherwise, which is what a Sentence Transformers script expects of it.
 
+    `trained_with` is what the loaded folder's `burnish.json` says, None where there is none.
+
     Raises:
         BurnishError: Where something asked for cannot be had; the message says what to do.
     """
 
     burnish: Preparation | None = None
+    trained_with: Provenance | None = None
     _options: LoadOptions
     _asked_device: str
     _pooling_source: str
@@ -97,6 +101,7 @@ class SentenceTransformer(Stock):
         )
         decision = decide(self._options, repository.config, self._asked_device, repository.base)
         self._pending = (repository, decision)
+        self.trained_with = recall(model_name_or_path, decision, **hub)
         self._pooling_source = "modules.json"
         if self._options.pooling_mode is not None and "modules.json" in repository.files:
             fix = "Drop pooling_mode, or load the bare transformer"
@@ -188,6 +193,7 @@ class SentenceTransformer(Stock):
                 warnings.filterwarnings("ignore", message=message, category=UserWarning)
             super().save(str(staging), model_name, create_model_card, train_datasets)
             mend_saved(staging)
+            write(self, staging)
         # The card's assets go where the model went, not to the staging folder.
         self.model_card_data.save_dir = str(path)
         if self.burnish is not None:

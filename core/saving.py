@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, ModelError
 from .files import atomic_folder
+from .provenance import write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,8 +186,7 @@ def save_merged(model: SentenceTransformer, path: Path, tokenizer: Any, save_met
     plain = merged_model(model, save_method)
     with atomic_folder(path) as staging:
         plain.save(str(staging))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(staging))
+        _complete(model, staging, tokenizer)
     if model.burnish is not None:
         model.burnish.decision.registry.observers("model_saved")(model=model, folder=path)
 
@@ -195,10 +195,20 @@ def push_merged(model: SentenceTransformer, repo_id: str, tokenizer: Any, save_m
     """Push the merged model; `hub` is what Sentence Transformers' `push_to_hub` takes."""
     if save_method == "lora":
         return str(model.push_to_hub(repo_id, **hub))
-    if tokenizer is None:
-        return str(merged_model(model, save_method).push_to_hub(repo_id, **hub))
-    import tempfile
+    plain = merged_model(model, save_method)
+    save = plain.save
 
-    with tempfile.TemporaryDirectory() as folder:
-        save_merged(model, Path(folder) / "model", tokenizer, save_method)
-        return str(model.push_to_hub(repo_id, local_model_path=str(Path(folder) / "model"), **hub))
+    # What a push uploads is what the model saves just before, with or without a card as the repository needs one.
+    def save_all(path: str, *args: Any, **keywords: Any) -> None:
+        save(path, *args, **keywords)
+        _complete(model, Path(path), tokenizer)
+
+    plain.save = save_all  # type: ignore[method-assign]
+    return str(plain.push_to_hub(repo_id, **hub))
+
+
+def _complete(model: SentenceTransformer, folder: Path, tokenizer: Any) -> None:
+    """Add what the plain model knows nothing of to the folder it was saved to."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    write(model, folder, merged=True)

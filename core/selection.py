@@ -153,14 +153,19 @@ def _remedy(registry: Registry, kind: str, value: str | None = None) -> str:
         claims = plugin.values(kind)
         if plugin.state == "on" or not (claims if value is None else value in claims or plugin.values(fallback)):
             continue
-        if plugin.reason.endswith(ALLOW_VARIABLE):
-            return f"Add {plugin.distribution} to {ALLOW_VARIABLE}, or unset it"
-        if plugin.reason.startswith("disabled"):
-            return f"Run `burnish plugins enable {plugin.name}`"
-        if plugin.state == "off":
-            return f"Name it: plugins=[{plugin.id!r}]"
-        return f"{plugin.label} is refused: {plugin.reason}"
+        return switch_on(plugin)
     return "Install a plugin that does, or Burnish itself again if its own are missing (`burnish plugins`)"
+
+
+def switch_on(plugin: Plugin) -> str:
+    """What the user does to get a plugin that is off; of a refused one, why it is."""
+    if plugin.reason.endswith(ALLOW_VARIABLE):
+        return f"Add {plugin.distribution} to {ALLOW_VARIABLE}, or unset it"
+    if plugin.reason.startswith("disabled"):
+        return f"Run `burnish plugins enable {plugin.name}`"
+    if plugin.state == "off":
+        return f"Name it: plugins=[{plugin.id!r}]"
+    return f"{plugin.label} is refused: {plugin.reason}"
 
 
 def choose_backend(registry: Registry, machine: Machine, name: str = "auto") -> BackendChoice:

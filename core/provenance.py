@@ -1,0 +1,356 @@
+"""How a saved model came about: `burnish.json`, written at the root of every saved folder and read with it.
+
+It holds what was decided when the model was loaded and what has become of it since, nothing that tells two saves of one
+model apart: no time, no path of this machine. Plain Sentence Transformers does not read the file and does not need it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .contracts import CONTRACT
+from .discovery import OWN, Plugin
+from .environment import versions
+from .model_card import rows, section, with_section
+from .patching import PatchPlan
+from .registry import PluginWarning
+from .selection import switch_on
+
+if TYPE_CHECKING:
+    from .loading import Decision
+    from .model import SentenceTransformer
+    from .registry import Registry
+
+Record: TypeAlias = dict[str, Any]
+
+FILE = "burnish.json"
+SCHEMA = 1
+# Former records that a file keeps, the newest ones.
+KEPT = 5
+
+_PART = {"name": str, "plugin": str, "distribution": str, "version": str}
+_PATCH = {"old": str, "new": str, "modules": int, "owner": str, "state": str, "why": str}
+_ADAPTER = {"type": str, "r": (int, None), "lora_alpha": (int, float, None), "target_modules": (str, [str], None),
+            "use_rslora": bool, "use_dora": bool, "merged": bool}  # fmt: skip
+# What is read back must have this shape: a type, one of several in a tuple, a list of one kind, the keys of a mapping.
+_SHAPE: dict[str, Any] = {
+    "schema": int, "burnish": str, "contract": int, "purpose": str, "family": (_PART, None), "backend": (_PART, None),
+    "kernels": [{"operation": str, **_PART}], "patches": [_PATCH], "input": {"layout": str, "reason": str},
+    "precision": {"dtype": str, "quantization": (str, None), "reason": str}, "checkpointing": str, "pooling": str,
+    "adapter": (_ADAPTER, None), "left_out": [{"plugin": str, "distribution": str, "version": str, "reason": str}],
+    "versions": {str: str},
+}  # fmt: skip
+# The keys that say how a model was trained; records that agree in them tell of one set-up.
+_SET_UP = ("burnish", "contract", "purpose", "family", "backend", "kernels", "patches", "checkpointing", "versions")
+# An absolute path of two parts or more, or one on a Windows drive. What a plugin raised may name the user's folders.
+_PATH = re.compile(
+    r"""(?<![\w:/.<~])(?:[A-Za-z]:[\\/]|/(?=[^\s/'"]+/[^\s/'"]))(?:[^\s/\\'":,;()]+[/\\])*([^\s/\\'":,;()]+)"""
+)
+_QUOTED_PATH = re.compile(r"""(['"])(?:[A-Za-z]:)?[\\/][^'"]*[\\/]([^'"\\/]+)\1""")
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_VERSION = re.compile(r"[0-9][A-Za-z0-9.+!]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What the `burnish.json` of a loaded model says, kept on it as `model.trained_with`; print it to read it.
+
+    Args:
+        text: The file's content, checked and in one form.
+    """
+
+    text: str
+
+    @property
+    def record(self) -> Record:
+        """The whole record, a fresh copy at each call; its fields stand in docs/training.md."""
+        record: Record = json.loads(self.text)
+        return record
+
+    @property
+    def trainings(self) -> list[Record]:
+        """Every record of a load for training, oldest first, each without its own `trained_with`."""
+        return _trainings(self.record)
+
+    def __str__(self) -> str:
+        return "\n".join(f"  {name.lower():12} {value}" for name, value in rows(self.record, self.trainings))
+
+
+def record(model: SentenceTransformer, *, merged: bool = False) -> Record | None:
+    """What is known of how a model was set up for training, as plain values; None for one Burnish did not prepare.
+
+    Args:
+        model: As it is now: patches that were undone and input that was padded since are told so.
+        merged: Whether the folder it is for holds the adapter folded into the weights.
+    """
+    preparation = model.burnish
+    if preparation is None:
+        return None
+    decision, options = preparation.decision, preparation.decision.options
+    trains, packed = options.purpose != "inference", preparation.packed is not None
+    family, backend, attention = decision.family, decision.backend, decision.attention
+    dtype = decision.precision.dtype or model.dtype
+    # For inference nothing of what was chosen is used: the modules are stock.
+    made: Record = {
+        "schema": SCHEMA,
+        "burnish": versions()[OWN],
+        "contract": CONTRACT,
+        "purpose": options.purpose,
+        "family": _part(family.family.name, family.plugin) if trains else None,
+        "backend": _part(backend.spec.name, backend.plugin) if trains else None,
+        "kernels": [_kernel(attention.spec.operation, attention.spec.name, attention.plugin)]
+        if packed and attention
+        else [],
+        "patches": _patches(preparation.plan),
+        "input": {"layout": "packed" if packed else "padded", "reason": decision.packed_reason},
+        "precision": {
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantization": options.quantization,
+            "reason": decision.precision.reason,
+        },
+        "checkpointing": preparation.checkpointing,
+        "pooling": preparation.pooling,
+        "adapter": _adapter(model, merged),
+        "left_out": _left_out(decision.registry),
+        "versions": versions(),
+    }
+    made = _plain(made)
+    former = model.trained_with.trainings if model.trained_with is not None else []
+    return {**made, "trained_with": [one for one in former if _set_up(one) != _set_up(made)][-KEPT:]}
+
+
+def write(model: SentenceTransformer, folder: Path, *, merged: bool = False) -> None:
+    """Write a model's record into a folder it was just saved to, and into the model card if there is one.
+
+    Args:
+        model: The model; nothing is written for one that Burnish did not prepare.
+        folder: Where it was saved; a `README.md` in it is taken for the card that this save made.
+        merged: As in `record`.
+    """
+    made = record(model, merged=merged)
+    if made is None:
+        return
+    (folder / FILE).write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    card, trainings = folder / "README.md", _trainings(made)
+    if card.exists() and trainings:
+        text = with_section(card.read_text(encoding="utf-8"), section(made, trainings))
+        card.write_text(text, encoding="utf-8")
+
+
+def recall(name: str, decision: Decision, **hub: Any) -> Provenance | None:
+    """The record of the model at `name`, or None if it has none; a line of warning for each plugin that is missed.
+
+    Nothing here keeps a model from being loaded: a file that cannot be had or understood is a warning too.
+
+    Args:
+        name: A folder or Hub id.
+        decision: What the model gets now.
+        **hub: token, cache_folder, revision, local_files_only.
+    """
+    if decision.options.quiet:
+        return None
+    from sentence_transformers.util import load_file_path
+
+    try:
+        path = load_file_path(name, FILE, **hub)
+        former = None if path is None else parse(Path(path).read_text(encoding="utf-8"))
+    except Exception as error:  # whatever the Hub's client raises: the model's own files are what it is asked for
+        reason = " ".join(str(error).split()) or type(error).__name__
+        what = f"its {FILE} is not read ({reason}), so that plugins it was trained with cannot be told"
+        warnings.warn(f"model {name}: {what}. The model itself is not affected", PluginWarning, stacklevel=3)
+        return None
+    if former is not None and decision.options.purpose != "inference":
+        for line in lost(former, decision):
+            warnings.warn(f"model {name}: {line}", PluginWarning, stacklevel=3)
+    return former
+
+
+def parse(text: str) -> Provenance:
+    """A file's content, checked.
+
+    Raises:
+        ValueError: If it is not JSON, of another schema, or not of the shape that `record` makes.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if not isinstance(schema, int):
+        raise ValueError("it names no schema")
+    if schema != SCHEMA:
+        raise ValueError(f"it is of schema {schema}, this Burnish reads {SCHEMA}")
+    if fault := next(_faults(found, {**_SHAPE, "trained_with": [_SHAPE]}), None):
+        raise ValueError(fault)
+    return Provenance(json.dumps(_plain(found), ensure_ascii=False))
+
+
+def lost(former: Provenance, decision: Decision) -> list[str]:
+    """What the model was last trained with by plugins of others and does not get now: a line a distribution, with what
+    takes its place and what to do."""
+    trainings = former.trainings
+    lines: dict[str, tuple[list[str], list[str], str, str]] = {}
+    for kind, part in _parts(trainings[-1]) if trainings else ():
+        fault = None if part["distribution"] == OWN else _absence(kind, part, decision)
+        if fault is not None:
+            were, are, _, _ = lines.setdefault(part["distribution"], ([], [], *fault))
+            were.append(f"{kind} {part['name']} of {part['plugin']} ({part['distribution']} {part['version']})")
+            are.append(_now(kind, decision))
+    return [
+        f"trained with {' and '.join(were)}, and {reason}; instead it gets {' and '.join(are)}. {fix}"
+        for were, are, reason, fix in lines.values()
+    ]
+
+
+def _absence(kind: str, part: Mapping[str, str], decision: Decision) -> tuple[str, str] | None:
+    """(why a part is not to be had as it was, what to do), or None if it is there or nothing is known against it."""
+    owner = part["distribution"]
+    installed = [plugin for plugin in decision.registry.plugins if plugin.distribution == owner]
+    plugin = next((plugin for plugin in installed if plugin.name == part["plugin"]), None)
+    if not installed:
+        return f"{owner} is not installed", _install(part)
+    if plugin is None:
+        return f"{owner} {installed[0].version} has no plugin {part['plugin']}", _install(part)
+    if plugin.state == "off":
+        return f"{plugin.label} is off ({plugin.reason})", switch_on(plugin)
+    if plugin.version != part["version"]:
+        return f"{owner} is installed as {plugin.version}", _install(part)
+    if plugin.state == "refused":
+        return f"{plugin.label} is refused ({plugin.reason})", "Install versions that match"
+    chosen = decision.family.plugin
+    # A failure has been told already, and whoever names another plugin knows.
+    if kind == "family" and chosen.id != plugin.id and not chosen.named and plugin.id not in decision.registry.failures:
+        return f"{plugin.label} is installed and not named", f"Name it: plugins=[{plugin.id!r}]"
+    return None
+
+
+def _install(part: Mapping[str, str]) -> str:
+    # The file may be anybody's: nothing of it goes on a command line but what is a distribution's name and version.
+    name, version = part["distribution"], part["version"]
+    if not _NAME.fullmatch(name):
+        return "Install the plugin that it was trained with"
+    return f"Run `pip install {name}=={version}`" if _VERSION.fullmatch(version) else f"Run `pip install {name}`"
+
+
+def _now(kind: str, decision: Decision) -> str:
+    family, backend, attention = decision.family, decision.backend, decision.attention
+    if kind == "family":
+        return f"family {family.family.name} of {family.plugin.label}"
+    if kind == "backend":
+        return f"backend {backend.spec.name} of {backend.plugin.label}"
+    return f"kernel {attention.spec.name} of {attention.plugin.label}" if attention else "no kernel"
+
+
+def _parts(training: Record) -> Iterator[tuple[str, Mapping[str, str]]]:
+    yield from ((kind, training[kind]) for kind in ("family", "backend") if training[kind] is not None)
+    yield from (("kernel", kernel) for kernel in training["kernels"])
+
+
+def _trainings(made: Record) -> list[Record]:
+    former: list[Record] = list(made["trained_with"])
+    own = {key: value for key, value in made.items() if key != "trained_with"}
+    return [*former, own] if made["purpose"] != "inference" else former
+
+
+def _set_up(made: Record) -> tuple[Any, ...]:
+    adapter = {**(made["adapter"] or {}), "merged": None}
+    precision = (made["precision"]["dtype"], made["precision"]["quantization"])
+    return (*(made[key] for key in _SET_UP), made["input"]["layout"], precision, adapter)
+
+
+def _part(name: str, plugin: Plugin) -> dict[str, str]:
+    return {"name": name, "plugin": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+
+
+def _kernel(operation: str, name: str, plugin: Plugin) -> dict[str, str]:
+    return {"operation": operation, **_part(name, plugin)}
+
+
+def _patches(plan: PatchPlan) -> list[Record]:
+    """The plan's entries, those that differ in nothing but the module taken together, in the order of the plan."""
+    groups = Counter(
+        (_class(entry.claim.patch.old), _class(entry.claim.patch.new), entry.claim.owner, entry.state,
+         entry.reason or entry.claim.patch.why)
+        for entry in plan.entries
+    )  # fmt: skip
+    return [
+        {"old": old, "new": new, "modules": modules, "owner": owner, "state": state, "why": why}
+        for (old, new, owner, state, why), modules in groups.items()
+    ]
+
+
+def _class(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _adapter(model: SentenceTransformer, merged: bool) -> Record | None:
+    transformer = model.transformers_model
+    if transformer is None or not getattr(transformer, "_hf_peft_config_loaded", False):
+        return None
+    config = transformer.peft_config[transformer.active_adapters()[0]]
+    kind, targets = config.peft_type, getattr(config, "target_modules", None)
+    return {
+        "type": str(getattr(kind, "value", kind)),
+        "r": getattr(config, "r", None),
+        "lora_alpha": getattr(config, "lora_alpha", None),
+        "target_modules": targets if targets is None or isinstance(targets, str) else sorted(targets),
+        "use_rslora": bool(getattr(config, "use_rslora", False)),
+        "use_dora": bool(getattr(config, "use_dora", False)),
+        "merged": merged,
+    }
+
+
+def _left_out(registry: Registry) -> list[Record]:
+    """The plugins that were on and failed in this process."""
+    failures = [failure for _, failure in sorted(registry.failures.items()) if failure.plugin.state == "on"]
+    return [
+        {"plugin": one.plugin.name, "distribution": one.plugin.distribution, "version": one.plugin.version,
+         "reason": one.reason}
+        for one in failures
+    ]  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """The same with every text in one printable line and without absolute paths."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        line = "".join(letter if letter.isprintable() else " " for letter in value)
+        return " ".join(_PATH.sub(r"\1", _QUOTED_PATH.sub(r"\1\2\1", line)).split())
+    return value
+
+
+def _faults(value: Any, shape: Any, where: str = "it") -> Iterator[str]:
+    """Where a value is not of its shape; see `_SHAPE`."""
+    if isinstance(shape, tuple):
+        if all(any(_faults(value, one, where)) for one in shape):
+            yield f"{where} is a {type(value).__name__}, or not complete"
+    elif shape is None or isinstance(shape, type):
+        if not isinstance(value, type(None) if shape is None else shape) or (shape is int and isinstance(value, bool)):
+            yield f"{where} is a {type(value).__name__}"
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield f"{where} is a {type(value).__name__}, not a list"
+        else:
+            for item in value:
+                yield from _faults(item, shape[0], f"an item of {where}")
+    elif not isinstance(value, dict):
+        yield f"{where} is a {type(value).__name__}, not a mapping"
+    elif str in shape:
+        for key, item in value.items():
+            yield from _faults(item, shape[str], f"{key!r} of {where}")
+    else:
+        for key, part in shape.items():
+            if key not in value:
+                yield f"{where} has no {key!r}"
+            else:
+                yield from _faults(value[key], part, repr(key))

@@ -1,0 +1,447 @@
+"""What is recorded of a model's training, what is read back of it, what is missed, and the card that tells it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import BertConfig, PretrainedConfig
+
+from burnish.core.contracts import Patch
+from burnish.core.files import STALE
+from burnish.core.loading import Decision, decide
+from burnish.core.model_card import rows, section, with_section
+from burnish.core.options import LoadOptions
+from burnish.core.patching import Claim, PatchPlan
+from burnish.core.preparation import Preparation
+from burnish.core.provenance import FILE, KEPT, Provenance, lost, parse, recall, record
+from burnish.core.registry import PluginWarning, forget
+from burnish.core.settings import ALLOW_VARIABLE
+
+Install = Callable[..., str]
+Record = dict[str, Any]
+DOCS = Path(__file__).parents[2] / "docs"
+
+FAMILY = """
+@hookimpl
+def burnish_register_families():
+    return [FamilySpec(name="zeta", model_types=("zeta",), build=lambda config: Family(name="zeta"))]
+"""
+EVERYTHING = """
+from burnish.core.contracts import Packing
+
+@hookimpl
+def burnish_register_families():
+    return [FamilySpec(name="zeta", model_types=("zeta",), build=lambda config: Family(name="zeta", packing=Packing()))]
+
+@hookimpl
+def burnish_register_backends():
+    return [BackendSpec(name="zap", summary="", build_step=lambda context: context.eager, priority=5)]
+
+@hookimpl
+def burnish_register_kernels():
+    return [KernelSpec(operation="packed_attention", name="zip", load=lambda: print, priority=5)]
+"""
+
+
+class Zeta(PretrainedConfig):  # type: ignore[no-untyped-call]
+    """A config of a type that Burnish knows nothing of."""
+
+    model_type = "zeta"
+
+
+class First(nn.Linear):
+    """A class to patch."""
+
+
+class Second(First):
+    """What it becomes."""
+
+
+def decided(**options: Any) -> Decision:
+    """What such a model gets with the plugins that are installed now."""
+    return decide(LoadOptions(**options), Zeta(dtype="float32"), "cpu")
+
+
+def model(decision: Decision | None = None, former: Provenance | None = None, plan: Any = None) -> Any:
+    """What `record` looks at of a model."""
+    decision = decision or decided()
+    packed: Any = object() if decision.packed else None
+    preparation = Preparation(decision, plan or PatchPlan(()), packed, "mean, not normalised (as given)")
+    return SimpleNamespace(burnish=preparation, trained_with=former, transformers_model=None, dtype="torch.float32")
+
+
+def made(*args: Any, **keywords: Any) -> Record:
+    """The record of such a model."""
+    found = record(model(*args, **keywords))
+    assert found is not None
+    return found
+
+
+def read(found: Record) -> Provenance:
+    """A record as it comes back from its file."""
+    return parse(json.dumps(found))
+
+
+def from_zeta(**changes: Any) -> Provenance:
+    """The record of a model that was trained with `zeta-plugin` 1.0, with `changes` to the family's part."""
+    part = {"name": "zeta", "plugin": "zeta", "distribution": "zeta-plugin", "version": "1.0", **changes}
+    return read(made() | {"family": part})
+
+
+def install_zeta(install: Install, version: str = "1.0", **keywords: Any) -> None:
+    plugins = {"zeta": "zeta_plugin"}
+    install("zeta-plugin", "model_type.zeta", code=FAMILY, version=version, plugins=plugins, **keywords)
+
+
+# What is recorded
+
+
+def test_what_was_chosen_is_recorded(install: Install) -> None:
+    claims = ("model_type.zeta", "backend.zap", "operation.packed_attention")
+    install("zeta-plugin", *claims, code=EVERYTHING, version="3.1")
+    part = {"plugin": "zeta-plugin", "distribution": "zeta-plugin", "version": "3.1"}
+    # The built-in kernel is a reference, so a stranger's above it is taken; by the same right as the backend.
+    found = made()
+    assert found["family"] == {"name": "zeta", **part}
+    assert found["backend"] == {"name": "zap", **part}
+    assert found["kernels"] == [{"operation": "packed_attention", "name": "zip", **part}]
+    assert found["input"] == {"layout": "packed", "reason": "no padding is computed; attention: zip"}
+    assert found["precision"] == {"dtype": "float32", "quantization": None, "reason": "adapters on cpu"}
+    assert (found["schema"], found["contract"], found["purpose"]) == (1, 1, "adapters")
+    assert found["burnish"] == found["versions"]["burnish"] and found["versions"]["torch"]
+    assert found["adapter"] is None and found["trained_with"] == [] and found["left_out"] == []
+
+
+def test_a_kernel_that_nothing_used_is_not_recorded() -> None:
+    found = made()  # generic: padded input
+    assert found["input"]["layout"] == "padded" and found["kernels"] == []
+    assert found["family"]["distribution"] == "burnish"
+
+
+def test_of_a_model_for_inference_nothing_was_used() -> None:
+    found = made(decided(purpose="inference"))
+    assert found["family"] is None and found["backend"] is None and found["purpose"] == "inference"
+
+
+def test_a_model_that_burnish_did_not_prepare_has_no_record() -> None:
+    assert record(SimpleNamespace(burnish=None)) is None  # type: ignore[arg-type]
+
+
+def test_equal_patches_are_told_together() -> None:
+    layers = nn.ModuleDict({"a": First(2, 2), "b": First(2, 2), "c": nn.Linear(2, 2), "d": First(2, 2)})
+    claims = [Claim(owner="p (p 1)", patch=Patch(path=path, old=First, new=Second, why="speed")) for path in "abc"]
+    claims.append(Claim(owner="p (p 1)", patch=Patch(path="d", old=First, new=Second, why="memory")))
+    plan = PatchPlan(claims)
+    plan.apply(layers)
+    found = made(plan=plan)["patches"]
+    name = f"{First.__module__}.First"
+    whose = {"old": name, "new": name.replace("First", "Second"), "owner": "p (p 1)"}
+    assert found == [
+        {**whose, "modules": 2, "state": "applied", "why": "speed"},
+        {**whose, "modules": 1, "state": "skipped", "why": "the module is a Linear"},
+        {**whose, "modules": 1, "state": "applied", "why": "memory"},
+    ]
+    plan.undo()
+    assert [one["state"] for one in made(plan=plan)["patches"]] == ["undone", "skipped", "undone"]
+
+
+def test_a_plugin_that_failed_is_recorded_without_the_users_paths(install: Install, tmp_path: Path) -> None:
+    code = f"raise OSError('no\\nluck in {tmp_path}/site/luck.bin, see https://luck.test/a/b')"
+    install("unlucky", "backend.luck", code=code, version="7")
+    with pytest.warns(PluginWarning, match="unlucky"):
+        found = made()
+    reason = "OSError: no luck in luck.bin, see https://luck.test/a/b"
+    assert found["left_out"] == [{"plugin": "unlucky", "distribution": "unlucky", "version": "7", "reason": reason}]
+    assert str(tmp_path) not in json.dumps(found) and "/tmp" not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("cannot import 'x' from 'y' (/home/me/site/y.py)", "cannot import 'x' from 'y' (y.py)"),
+        ("No such file: '/home/me and you/x.bin'", "No such file: 'x.bin'"),
+        (r"C:\Users\me\x.py: no", "x.py: no"),
+        (r"one of .*\.query|.*\.key and/or Q/K/V </s> 1 / 2", r"one of .*\.query|.*\.key and/or Q/K/V </s> 1 / 2"),
+        ("a\nb\x1b[31m\tc", "a b [31m c"),
+    ],
+)
+def test_texts_are_one_line_and_without_paths(said: str, kept: str) -> None:
+    decision = decided()
+    preparation = model(decision)
+    preparation.burnish.pooling = said
+    found = record(preparation)
+    assert found is not None and found["pooling"] == kept
+
+
+def test_a_record_is_the_same_each_time() -> None:
+    assert json.dumps(made()) == json.dumps(made())
+
+
+def test_an_old_record_does_not_outlive_the_model_it_was_of() -> None:
+    assert FILE in STALE
+
+
+# Its history
+
+
+def test_saving_again_does_not_grow_the_history() -> None:
+    first = made()
+    again = made(former=read(first))
+    assert again == first
+    assert made(former=read(again)) == first
+    # Another set-up is another training; going back and forth between two adds none.
+    full = made(decided(purpose="full"), former=read(first))
+    assert [one["purpose"] for one in full["trained_with"]] == ["adapters"]
+    back = made(former=read(full))
+    assert [one["purpose"] for one in back["trained_with"]] == ["full"]
+    assert made(decided(purpose="full"), former=read(back)) == full
+
+
+def test_loads_for_inference_keep_the_history_and_are_no_part_of_it() -> None:
+    first = made()
+    stock = made(decided(purpose="inference"), former=read(first))
+    assert [one["purpose"] for one in stock["trained_with"]] == ["adapters"]
+    assert "trained_with" not in stock["trained_with"][0]
+    assert made(decided(purpose="inference"), former=read(stock)) == stock
+    assert made(former=read(stock)) == first
+
+
+def test_the_history_is_in_order_and_short() -> None:
+    former: Provenance | None = None
+    for number in range(KEPT + 3):
+        found = made(former=former) | {"checkpointing": f"number {number}"}
+        former = read(found)
+    told = [one["checkpointing"] for one in made(former=former)["trained_with"]]
+    assert told == [f"number {number}" for number in range(3, KEPT + 3)]
+
+
+# What is read back
+
+
+def test_what_is_written_is_read() -> None:
+    found = made(decided(purpose="full"), former=read(made()))
+    assert read(found).record == found
+    assert [one["purpose"] for one in read(found).trainings] == ["adapters", "full"]
+    assert "family" in str(read(found)) and "generic of generic (burnish" in str(read(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"schema": 2}, "it is of schema 2, this Burnish reads 1"),
+        ({"schema": None}, "it names no schema"),
+        ({"family": "bert"}, "'family' is a str, or not complete"),
+        ({"family": {"name": "bert"}}, "'family' is a dict, or not complete"),
+        ({"kernels": {}}, "'kernels' is a dict, not a list"),
+        ({"kernels": [{"operation": "x"}]}, "an item of 'kernels' has no 'name'"),
+        ({"versions": {"torch": 2}}, "'torch' of 'versions' is a int"),
+        ({"input": []}, "'input' is a list, not a mapping"),
+        ({"contract": True}, "'contract' is a bool"),
+        ({"trained_with": None}, "'trained_with' is a NoneType, not a list"),
+        ({"trained_with": [{}]}, "an item of 'trained_with' has no 'schema'"),
+    ],
+    ids=str,
+)
+def test_a_malformed_file_is_told(change: Record, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(reason)}$"):
+        read(made() | change)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1}', "[" * 100_000, "\x00\xff"])
+def test_no_file_keeps_a_model_from_being_loaded(text: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(text, encoding="latin-1")
+    message = rf"^model {re.escape(str(tmp_path))}: its burnish.json is not read \(.+\), so that plugins .*affected$"
+    with pytest.warns(PluginWarning, match=message) as caught:
+        assert recall(str(tmp_path), decided()) is None
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+def test_a_hub_that_fails_does_not_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("429: too\nmany")
+
+    monkeypatch.setattr("sentence_transformers.util.load_file_path", fail)
+    with pytest.warns(PluginWarning, match=r"^model org/x: its burnish.json is not read \(429: too many\)"):
+        assert recall("org/x", decided()) is None
+
+
+def test_a_folder_without_one_has_none(tmp_path: Path) -> None:
+    assert recall(str(tmp_path), decided()) is None
+
+
+# What is missed
+
+
+def test_a_plugin_that_is_not_installed() -> None:
+    assert lost(from_zeta(), decided()) == [
+        "trained with family zeta of zeta (zeta-plugin 1.0), and zeta-plugin is not installed; instead it gets family "
+        f"generic of generic (burnish {made()['burnish']}). Run `pip install zeta-plugin==1.0`"
+    ]
+
+
+def test_a_plugin_that_is_there_as_it_was(install: Install) -> None:
+    install_zeta(install)
+    assert lost(from_zeta(), decided()) == []
+
+
+def test_a_plugin_of_another_version(install: Install) -> None:
+    install_zeta(install, version="2.0")
+    (line,) = lost(from_zeta(), decided())
+    assert "and zeta-plugin is installed as 2.0; instead it gets family zeta of zeta (zeta-plugin 2.0)." in line
+    assert line.endswith("Run `pip install zeta-plugin==1.0`")
+
+
+def test_a_distribution_that_lost_the_plugin(install: Install) -> None:
+    install_zeta(install)
+    (line,) = lost(from_zeta(plugin="eta"), decided())
+    assert "and zeta-plugin 1.0 has no plugin eta; " in line
+
+
+def test_a_plugin_that_a_run_leaves_out(install: Install) -> None:
+    install_zeta(install)
+    (line,) = lost(from_zeta(), decided(plugins=()))
+    assert "and zeta (zeta-plugin 1.0) is off (this run uses no plugins of others); " in line
+    assert line.endswith(". Name it: plugins=['zeta-plugin:zeta']")
+
+
+def test_a_plugin_that_is_not_on_the_list(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_zeta(install, version="2.0")
+    monkeypatch.setenv(ALLOW_VARIABLE, "burnish")
+    (line,) = lost(from_zeta(), decided())
+    assert f"is off (not in {ALLOW_VARIABLE}); " in line and line.endswith("to BURNISH_PLUGINS, or unset it")
+
+
+def test_a_plugin_that_is_refused(install: Install) -> None:
+    install_zeta(install, contract="99")
+    install("other", "model_type.zeta", code=FAMILY)
+    (line,) = lost(from_zeta(), decided())
+    assert "is refused (is written for contract 99" in line and line.endswith(". Install versions that match")
+
+
+def test_a_plugin_that_has_to_be_named(install: Install) -> None:
+    code = FAMILY.replace("zeta", "bert")
+    install("bert-plugin", "model_type.bert", code=code, plugins={"better": "bert_plugin"})
+    config = BertConfig()
+    part = {"name": "bert", "plugin": "better", "distribution": "bert-plugin", "version": "1.0"}
+    former = read(made() | {"family": part})
+    assert lost(former, decide(LoadOptions(plugins=("better",)), config, "cpu")) == []
+    assert lost(former, decide(LoadOptions(plugins=("burnish:bert",)), config, "cpu")) == []
+    (line,) = lost(former, decide(LoadOptions(), config, "cpu"))
+    assert "and better (bert-plugin 1.0) is installed and not named; instead it gets family bert of bert" in line
+    assert line.endswith(". Name it: plugins=['bert-plugin:better']")
+
+
+def test_one_line_for_all_that_a_distribution_brought() -> None:
+    part = {"plugin": "p", "distribution": "all-in-one", "version": "4"}
+    kernels = [{"operation": "packed_attention", "name": "zip", **part}]
+    changes = {"family": {"name": "zeta", **part}, "backend": {"name": "zap", **part}, "kernels": kernels}
+    (line,) = lost(read(made() | changes), decided())
+    assert line.startswith(
+        "trained with family zeta of p (all-in-one 4) and backend zap of p (all-in-one 4) and kernel zip of p (all-in-"
+        "one 4), and all-in-one is not installed; instead it gets family generic of generic (burnish "
+    )
+    assert " and backend reference of reference (burnish " in line and " and kernel reference of reference" in line
+
+
+def test_what_is_built_in_is_never_missed() -> None:
+    part = {"name": "gone", "plugin": "gone", "distribution": "burnish", "version": "0.0.1"}
+    assert lost(read(made() | {"family": part}), decided()) == []
+
+
+def test_the_last_training_counts() -> None:
+    stock = made(decided(purpose="inference"), former=from_zeta())
+    assert len(lost(read(stock), decided())) == 1
+    later = made(former=from_zeta())
+    assert len(later["trained_with"]) == 1 and lost(read(later), decided()) == []
+    assert lost(read(made(decided(purpose="inference"))), decided()) == []
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version", "fix"),
+    [
+        ("--index-url=http://evil.test x", "1.0", "Install the plugin that it was trained with"),
+        ("zeta;rm", "1.0", "Install the plugin that it was trained with"),
+        ("zeta-plugin", "1.0 --pre evil", "Run `pip install zeta-plugin`"),
+        ("zeta-plugin", "1!2.0rc1+cu9.8", "Run `pip install zeta-plugin==1!2.0rc1+cu9.8`"),
+    ],
+)
+def test_a_strangers_file_puts_nothing_on_a_command_line(distribution: str, version: str, fix: str) -> None:
+    (line,) = lost(from_zeta(distribution=distribution, version=version), decided())
+    assert line.endswith(f". {fix}")
+
+
+def test_it_is_told_once_and_only_where_a_training_would_miss_it(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(from_zeta().text, encoding="utf-8")
+    with pytest.warns(PluginWarning, match=rf"^model {re.escape(str(tmp_path))}: trained with family zeta") as caught:
+        assert recall(str(tmp_path), decided()) == from_zeta()
+    assert len(caught) == 1
+    assert recall(str(tmp_path), decided(purpose="inference")) == from_zeta()  # a warning would be an error
+    assert recall(str(tmp_path), decided(quiet=True)) is None
+    forget()
+
+
+# The card
+
+
+def test_the_card_tells_it() -> None:
+    adapter = {"type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q"], "use_rslora": True,
+               "use_dora": False, "merged": True}  # fmt: skip
+    patch = {"old": "a.b.Old", "new": "c.New", "modules": 6, "owner": "p (p 1)", "state": "applied", "why": "a|b<c"}
+    found = made(former=from_zeta()) | {"adapter": adapter, "patches": [patch]}
+    told = dict(rows(found, read(found).trainings))
+    burnish = found["burnish"]
+    assert told["Family"] == f"generic of generic (burnish {burnish})" and told["Plugins"] == f"burnish {burnish}"
+    assert told["Adapter"] == "LORA, r=4, lora_alpha=16, use_rslora, merged into the weights"
+    assert told["Patches"] == "6 Old → New, applied (a|b<c; p (p 1))"
+    assert f"torch {found['versions']['torch']}" in told["Libraries"] and "not installed" not in told["Libraries"]
+    assert told["Before"] == "1 other set-up(s), told in burnish.json"
+    text = section(found, read(found).trainings)
+    assert "| Patches | 6 Old → New, applied (a\\|b&lt;c; p (p 1)) |" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {3}
+
+
+def test_merged_for_inference_the_card_tells_of_the_training() -> None:
+    stock = made(decided(purpose="inference"), former=from_zeta())
+    assert dict(rows(stock, read(stock).trainings))["Family"] == "zeta of zeta (zeta-plugin 1.0)"
+    assert rows(made(decided(purpose="inference")), []) == []
+
+
+def test_the_section_is_there_once() -> None:
+    found = made()
+    one, two = section(found, [found]), section(found, [found | {"input": {"layout": "other", "reason": "other"}}])
+    card = "---\ntags: [x]\n---\n\n# A model\n\nText.\n"
+    once = with_section(card, one)
+    assert once.startswith(card) and once.count("## Training provenance") == 1
+    assert with_section(once, one) == once
+    changed = with_section(once, two)
+    assert changed.count("## Training provenance") == 1 and "other (other)" in changed
+    assert with_section(changed, one) == once
+    assert with_section(with_section("", one), one) == with_section("", one)
+
+
+def test_the_section_keeps_its_place_and_what_is_around_it() -> None:
+    found = made()
+    text = section(found, [found])
+    card = f"# A model\n\n{text}\n\n## Mine\n\nWords.\n"
+    assert with_section(card, text) == card
+    assert with_section(f"{card}\n{text}\n", text) == card, "a second section stays"
+    broken = "# A model\n\n<!-- burnish: training provenance -->\n\nWords.\n"
+    assert with_section(broken, text).count("Words.") == 1, "a marker without its end swallows the card"
+
+
+# The docs
+
+
+def test_the_docs_name_every_field() -> None:
+    page = (DOCS / "training.md").read_text(encoding="utf-8")
+    part = page.split("## What a saved model records")[1].split("\n## ")[0]
+    fields = re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)
+    assert fields == list(made())
