@@ -78,7 +78,8 @@ class Packing:
         causal: Whether a token attends to earlier tokens only.
         sliding_window: Whether some layers attend to a window; their modules pass `sliding_window` themselves.
         attention: "interface" where transformers' AttentionInterface reaches every attention module of the model,
-            "patch" where the family's own patches read `cu_seq_lens_q`.
+            "patch" where the family's own patches make them look up the attention that the config names and hand it
+            `cu_seq_lens_q` and `max_length_q`.
     """
 
     position_offset: int = 0

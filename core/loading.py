@@ -14,6 +14,7 @@ from .errors import ConfigError, ModelError
 from .machine import describe
 from .options import LoadOptions
 from .precision import PrecisionChoice, choose_precision
+from .recall import remedy
 from .registry import Registry, registry
 from .selection import choose_backend, choose_family, choose_kernel
 
@@ -114,7 +115,9 @@ def read_repository(
         config = _read_config(source, keywords, plugins)
     except (OSError, ValueError) as error:
         owner = f"adapter {name}, base model {base}" if base else f"model {name}"
-        fix = "Check the name or path, and the connection if it is on the Hub"
+        # A type that transformers does not know may be one that a plugin brought the classes of.
+        missed = remedy(name, plugins, **hub) if isinstance(error, ValueError) else None
+        fix = missed or "Check the name or path, and the connection if it is on the Hub"
         raise ModelError(f"no usable config.json ({first_line(error)})", where=owner, fix=fix) from error
     return Repository(name=name, files=frozenset(found), config=config, base=base)
 
@@ -230,15 +233,15 @@ def _packing(
     obstacle = None
     if family.packing is None:
         obstacle = f"family {family.name} does not say that packed input is exact"
-    elif attention is None and family.packing.attention == "interface":
+    elif attention is None:
         obstacle = f"no enabled plugin has the operation packed_attention for {machine.device}"
     if obstacle and options.packed:
         fix = "Pass packed=None or packed=False: padded input is exact too, and slower"
         raise ConfigError(obstacle, where="packed=True", fix=fix)
     if obstacle:
         return False, f"{obstacle}; every padding token is computed"
-    name = attention.spec.name if attention else "the family's own patches"
-    return True, f"no padding is computed; attention: {name}"
+    assert attention is not None
+    return True, f"no padding is computed; attention: {attention.spec.name}"
 
 
 def check_length(wanted: int, config: PretrainedConfig, offset: int) -> int:

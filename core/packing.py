@@ -98,13 +98,31 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Te
     return None if attention_mask is None else sdpa_mask(*args, **{**kwargs, "attention_mask": attention_mask})
 
 
+# What each of our names stands for in transformers' two registries.
+_known: dict[str, Callable[..., Tensor]] = {}
+
+
 def register_attention(name: str, operation: Callable[..., Tensor]) -> str:
-    """Make `operation` known to transformers; returns the attention name to load or set."""
+    """Make `operation` known to transformers, once; returns the attention name to load or set."""
     # "flash" in the name would make Sentence Transformers look for the flash-attn package.
     full = f"burnish_packed_{name}".replace("flash", "fa")
-    AttentionInterface.register(full, _attention(operation))
-    AttentionMaskInterface.register(full, _mask)
+    if _known.get(full) is not operation:
+        AttentionInterface.register(full, _attention(operation))
+        AttentionMaskInterface.register(full, _mask)
+        _known[full] = operation
     return full
+
+
+def name_attention(model: Any, name: str) -> None:
+    """Have the model's config name an attention, from which its modules look it up.
+
+    transformers refuses that, with a line in the log, for architectures whose own modules do not look; a family that
+    has patched them to (`Packing.attention` "patch") needs the name all the same.
+    """
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(name)
+    else:
+        model.config._attn_implementation_internal = name
 
 
 @contextmanager
@@ -130,7 +148,7 @@ class PackedInput:
 
     def undo(self) -> None:
         """Go back to padded input and the attention the model came with."""
-        self.module.model.set_attn_implementation(self.attention_before)
+        name_attention(self.module.model, self.attention_before)
         self.module.model_forward_params = self.forward_params_before
         self.module.unpad_inputs = self.module.unpad_inputs  # its setter works the rest out again
 
@@ -145,8 +163,7 @@ def pack_inputs(module: Transformer, packing: Packing, attention: str) -> Packed
         attention: A name from `register_attention`.
     """
     before = PackedInput(module, module.config._attn_implementation, module.model_forward_params)
-    if packing.attention == "interface":
-        module.model.set_attn_implementation(attention)
+    name_attention(module.model, attention)
     if module.model_forward_params is not None:
         module.model_forward_params = module.model_forward_params | PACKED_KEYS
     flattening: dict[str, bool] = {

@@ -74,7 +74,7 @@ class PackedMPNetModel(MPNetModel):  # type: ignore[no-untyped-call]
             return super().forward(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         embedded = self.embeddings(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=embedded, attention_mask=attention_mask)
-        encoded = self.encoder(embedded, attention_mask=mask, return_dict=True, **kwargs)
+        encoded = self.encoder(embedded, attention_mask=mask, **{**kwargs, "return_dict": True})
         pooled = None if self.pooler is None else self.pooler(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state, pooler_output=pooled, hidden_states=encoded.hidden_states
@@ -183,7 +183,7 @@ def build(config: PretrainedConfig) -> Family:
         pooling=Pooling(mode="mean", normalize=False),
         lora=LoraTargets(names=("q", "k", "v", "o", "dense"), exclude=("pooler.dense",)),
         # Positions start after the padding token's index, which MPNet fixes at 1 whatever the config says.
-        packing=Packing(position_offset=2),
+        packing=Packing(position_offset=2, attention="patch"),
         patches=patches,
         checkpointing=checkpointing,
         heads={"sequence-classification": Head(reads="first", logits=classify)},

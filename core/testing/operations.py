@@ -1,0 +1,102 @@
+"""Checks of an operation's implementation against the plain one that comes with the reference backend."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import KernelSpec
+from ..errors import ConfigError
+from ..registry import registry
+from .find import offers
+
+LENGTHS = ((5, 1, 12, 7), (1,), (0, 3, 0), (1, 1, 1, 1), (64, 40, 3), (33, 33))
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"causal": True},
+    {"window": 5},
+    {"window": 1},
+    {"causal": True, "window": 3},
+    {"scale": 0.3},
+    {"bias": True},
+    {"bias": True, "scale": 0.5, "causal": True},
+)
+
+
+def packed_attention(found: Any, expected: Any, dtype: torch.dtype, device: str, tolerance: float) -> str:
+    """Outputs and gradients for ragged texts, shared key heads, windows, causal order, scales and biases."""
+    worst = 0.0
+    cases = list(itertools.product(LENGTHS, OPTIONS, ((4, 4, 8), (6, 2, 16))))
+    for lengths, options, shape in cases:
+        mine = _run_attention(found, lengths, shape, dict(options), dtype, device)
+        reference = _run_attention(expected, lengths, shape, dict(options), dtype, device)
+        for name, ours, theirs in zip("oqkvb", mine, reference, strict=False):
+            top = max(float(theirs.abs().max()), 1e-3)
+            error = float((ours - theirs).abs().max()) / top
+            assert error <= tolerance, f"{name} of {lengths}, {options}, heads {shape} is off by {error:.1e}"
+            worst = max(worst, error)
+    return f"{len(cases)} cases, {worst:.0e}"
+
+
+def _run_attention(
+    operation: Callable[..., Tensor], lengths: tuple[int, ...], shape: tuple[int, int, int], options: dict[str, Any],
+    dtype: torch.dtype, device: str,
+) -> list[Tensor]:  # fmt: skip
+    """[output, dq, dk, dv, and dbias where there is one]."""
+    heads, groups, size = shape
+    draw = torch.Generator().manual_seed(sum(lengths))
+    tokens, longest = sum(lengths), max(lengths)
+    made = [
+        torch.randn(tokens, count, size, generator=draw).to(device, dtype).requires_grad_()
+        for count in (heads, groups, groups)
+    ]
+    if options.get("bias"):
+        bias = torch.randn(heads, 2 * longest - 1, generator=draw).to(device, dtype).requires_grad_()
+        options["bias"] = bias
+        made.append(bias)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    out = operation(*made[:3], bounds, longest, **options)
+    assert out.shape == made[0].shape and out.dtype == dtype, f"the output is {tuple(out.shape)} {out.dtype}"
+    weights = torch.randn(out.shape, generator=draw).to(device, dtype)
+    torch.autograd.backward((out * weights).sum())
+    assert all(leaf.grad is not None for leaf in made), "a gradient is missing"
+    return [out.detach(), *(leaf.grad for leaf in made if leaf.grad is not None)]
+
+
+OPERATIONS: dict[str, Callable[..., str]] = {"packed_attention": packed_attention}
+
+
+def check_operation(
+    operation: str, kernel: str, *, plugins: Sequence[str] | None = None, dtype: torch.dtype = torch.float64,
+    device: str = "cpu", tolerance: float = 1e-5,
+) -> str:  # fmt: skip
+    """An implementation by name against the plain one.
+
+    Raises:
+        ConfigError: If there is no such operation, or no such implementation.
+        AssertionError: If they differ.
+    """
+    if operation not in OPERATIONS:
+        fix = f"Known: {', '.join(OPERATIONS)}"
+        raise ConfigError(f"there is no check for the operation {operation!r}", where="operation", fix=fix)
+    specs = {
+        spec.name: spec
+        for plugin in registry(plugins).claimants("operation", operation)
+        for spec in offers(plugin, "burnish_register_kernels", KernelSpec, plugins)
+        if spec.operation == operation
+    }
+    if kernel not in specs:
+        fix = f"Known: {', '.join(sorted(specs))}"
+        raise ConfigError(f"{operation} has no implementation {kernel!r}", where="kernel", fix=fix)
+    plain = next(
+        spec
+        for plugin in registry(()).claimants("operation", operation)
+        for spec in offers(plugin, "burnish_register_kernels", KernelSpec, ())
+        if spec.operation == operation and spec.priority == 0
+    )
+    assert specs[kernel].load is not plain.load, "this is the plain implementation itself: nothing would be proved"
+    return OPERATIONS[operation](specs[kernel].load(), plain.load(), dtype, device, tolerance)
