@@ -28,7 +28,8 @@ from .options import LoadOptions, model_kwargs_dtype
 from .packing import POOLS_PACKED_PROMPTS, padded
 from .precision import PrecisionChoice
 from .preparation import Preparation, attention_name, describe_pooling, prepare, set_checkpointing
-from .provenance import Provenance, recall, write
+from .provenance import Provenance, write
+from .recall import recall
 
 if TYPE_CHECKING:
     from typing import Self

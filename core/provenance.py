@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,11 +19,8 @@ from .discovery import OWN, Plugin
 from .environment import versions
 from .model_card import rows, section, with_section
 from .patching import PatchPlan
-from .registry import PluginWarning
-from .selection import switch_on
 
 if TYPE_CHECKING:
-    from .loading import Decision
     from .model import SentenceTransformer
     from .registry import Registry
 
@@ -54,8 +50,6 @@ _PATH = re.compile(
     r"""(?<![\w:/.<~])(?:[A-Za-z]:[\\/]|/(?=[^\s/'"]+/[^\s/'"]))(?:[^\s/\\'":,;()]+[/\\])*([^\s/\\'":,;()]+)"""
 )
 _QUOTED_PATH = re.compile(r"""(['"])(?:[A-Za-z]:)?[\\/][^'"]*[\\/]([^'"\\/]+)\1""")
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_VERSION = re.compile(r"[0-9][A-Za-z0-9.+!]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +115,7 @@ def record(model: SentenceTransformer, *, merged: bool = False) -> Record | None
         "left_out": _left_out(decision.registry),
         "versions": versions(),
     }
-    made = _plain(made)
+    made = _plain(made, paths=False)
     former = model.trained_with.trainings if model.trained_with is not None else []
     return {**made, "trained_with": [one for one in former if _set_up(one) != _set_up(made)][-KEPT:]}
 
@@ -144,34 +138,6 @@ def write(model: SentenceTransformer, folder: Path, *, merged: bool = False) -> 
         card.write_text(text, encoding="utf-8")
 
 
-def recall(name: str, decision: Decision, **hub: Any) -> Provenance | None:
-    """The record of the model at `name`, or None if it has none; a line of warning for each plugin that is missed.
-
-    Nothing here keeps a model from being loaded: a file that cannot be had or understood is a warning too.
-
-    Args:
-        name: A folder or Hub id.
-        decision: What the model gets now.
-        **hub: token, cache_folder, revision, local_files_only.
-    """
-    if decision.options.quiet:
-        return None
-    from sentence_transformers.util import load_file_path
-
-    try:
-        path = load_file_path(name, FILE, **hub)
-        former = None if path is None else parse(Path(path).read_text(encoding="utf-8"))
-    except Exception as error:  # whatever the Hub's client raises: the model's own files are what it is asked for
-        reason = " ".join(str(error).split()) or type(error).__name__
-        what = f"its {FILE} is not read ({reason}), so that plugins it was trained with cannot be told"
-        warnings.warn(f"model {name}: {what}. The model itself is not affected", PluginWarning, stacklevel=3)
-        return None
-    if former is not None and decision.options.purpose != "inference":
-        for line in lost(former, decision):
-            warnings.warn(f"model {name}: {line}", PluginWarning, stacklevel=3)
-    return former
-
-
 def parse(text: str) -> Provenance:
     """A file's content, checked.
 
@@ -190,67 +156,6 @@ def parse(text: str) -> Provenance:
     if fault := next(_faults(found, {**_SHAPE, "trained_with": [_SHAPE]}), None):
         raise ValueError(fault)
     return Provenance(json.dumps(_plain(found), ensure_ascii=False))
-
-
-def lost(former: Provenance, decision: Decision) -> list[str]:
-    """What the model was last trained with by plugins of others and does not get now: a line a distribution, with what
-    takes its place and what to do."""
-    trainings = former.trainings
-    lines: dict[str, tuple[list[str], list[str], str, str]] = {}
-    for kind, part in _parts(trainings[-1]) if trainings else ():
-        fault = None if part["distribution"] == OWN else _absence(kind, part, decision)
-        if fault is not None:
-            were, are, _, _ = lines.setdefault(part["distribution"], ([], [], *fault))
-            were.append(f"{kind} {part['name']} of {part['plugin']} ({part['distribution']} {part['version']})")
-            are.append(_now(kind, decision))
-    return [
-        f"trained with {' and '.join(were)}, and {reason}; instead it gets {' and '.join(are)}. {fix}"
-        for were, are, reason, fix in lines.values()
-    ]
-
-
-def _absence(kind: str, part: Mapping[str, str], decision: Decision) -> tuple[str, str] | None:
-    """(why a part is not to be had as it was, what to do), or None if it is there or nothing is known against it."""
-    owner = part["distribution"]
-    installed = [plugin for plugin in decision.registry.plugins if plugin.distribution == owner]
-    plugin = next((plugin for plugin in installed if plugin.name == part["plugin"]), None)
-    if not installed:
-        return f"{owner} is not installed", _install(part)
-    if plugin is None:
-        return f"{owner} {installed[0].version} has no plugin {part['plugin']}", _install(part)
-    if plugin.state == "off":
-        return f"{plugin.label} is off ({plugin.reason})", switch_on(plugin)
-    if plugin.version != part["version"]:
-        return f"{owner} is installed as {plugin.version}", _install(part)
-    if plugin.state == "refused":
-        return f"{plugin.label} is refused ({plugin.reason})", "Install versions that match"
-    chosen = decision.family.plugin
-    # A failure has been told already, and whoever names another plugin knows.
-    if kind == "family" and chosen.id != plugin.id and not chosen.named and plugin.id not in decision.registry.failures:
-        return f"{plugin.label} is installed and not named", f"Name it: plugins=[{plugin.id!r}]"
-    return None
-
-
-def _install(part: Mapping[str, str]) -> str:
-    # The file may be anybody's: nothing of it goes on a command line but what is a distribution's name and version.
-    name, version = part["distribution"], part["version"]
-    if not _NAME.fullmatch(name):
-        return "Install the plugin that it was trained with"
-    return f"Run `pip install {name}=={version}`" if _VERSION.fullmatch(version) else f"Run `pip install {name}`"
-
-
-def _now(kind: str, decision: Decision) -> str:
-    family, backend, attention = decision.family, decision.backend, decision.attention
-    if kind == "family":
-        return f"family {family.family.name} of {family.plugin.label}"
-    if kind == "backend":
-        return f"backend {backend.spec.name} of {backend.plugin.label}"
-    return f"kernel {attention.spec.name} of {attention.plugin.label}" if attention else "no kernel"
-
-
-def _parts(training: Record) -> Iterator[tuple[str, Mapping[str, str]]]:
-    yield from ((kind, training[kind]) for kind in ("family", "backend") if training[kind] is not None)
-    yield from (("kernel", kernel) for kernel in training["kernels"])
 
 
 def _trainings(made: Record) -> list[Record]:
@@ -317,15 +222,16 @@ def _left_out(registry: Registry) -> list[Record]:
     ]  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
-    """The same with every text in one printable line and without absolute paths."""
+def _plain(value: Any, *, paths: bool = True) -> Any:
+    """The same with every text in one printable line; with `paths=False`, absolute paths are cut to their last part."""
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {_plain(key): _plain(item, paths=paths) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_plain(item, paths=paths) for item in value]
     if isinstance(value, str):
         line = "".join(letter if letter.isprintable() else " " for letter in value)
-        return " ".join(_PATH.sub(r"\1", _QUOTED_PATH.sub(r"\1\2\1", line)).split())
+        line = line if paths else _PATH.sub(r"\1", _QUOTED_PATH.sub(r"\1\2\1", line))
+        return " ".join(line.split())
     return value
 
 

@@ -14,14 +14,16 @@ from torch import nn
 from transformers import BertConfig, PretrainedConfig
 
 from burnish.core.contracts import Patch
+from burnish.core.errors import ModelError
 from burnish.core.files import STALE
-from burnish.core.loading import Decision, decide
+from burnish.core.loading import Decision, decide, read_repository
 from burnish.core.model_card import rows, section, with_section
 from burnish.core.options import LoadOptions
 from burnish.core.patching import Claim, PatchPlan
 from burnish.core.preparation import Preparation
-from burnish.core.provenance import FILE, KEPT, Provenance, lost, parse, recall, record
-from burnish.core.registry import PluginWarning, forget
+from burnish.core.provenance import FILE, KEPT, Provenance, parse, record
+from burnish.core.recall import lost, recall
+from burnish.core.registry import PluginWarning
 from burnish.core.settings import ALLOW_VARIABLE
 
 Install = Callable[..., str]
@@ -377,6 +379,24 @@ def test_a_strangers_file_puts_nothing_on_a_command_line(distribution: str, vers
     assert line.endswith(f". {fix}")
 
 
+def test_where_the_plugin_brought_the_models_classes_the_error_says_what_to_install(
+    install: Install, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "zeta"}')
+    with pytest.raises(ModelError, match=r"zeta.*\. Check the name or path"):
+        read_repository(str(tmp_path))
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(ModelError, match=r"zeta.*\. Check the name or path"):
+        read_repository(str(tmp_path))
+    (tmp_path / FILE).write_text(from_zeta().text, encoding="utf-8")
+    wanted = r"\. It was trained with family zeta of zeta \(zeta-plugin 1\.0\), and zeta-plugin is not installed\. Run "
+    with pytest.raises(ModelError, match=wanted + "`pip install zeta-plugin==1.0`$"):
+        read_repository(str(tmp_path))
+    install_zeta(install)
+    with pytest.raises(ModelError, match=r"zeta.*\. Check the name or path"):  # it does not bring them after all
+        read_repository(str(tmp_path))
+
+
 def test_it_is_told_once_and_only_where_a_training_would_miss_it(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(from_zeta().text, encoding="utf-8")
     with pytest.warns(PluginWarning, match=rf"^model {re.escape(str(tmp_path))}: trained with family zeta") as caught:
@@ -384,7 +404,6 @@ def test_it_is_told_once_and_only_where_a_training_would_miss_it(tmp_path: Path)
     assert len(caught) == 1
     assert recall(str(tmp_path), decided(purpose="inference")) == from_zeta()  # a warning would be an error
     assert recall(str(tmp_path), decided(quiet=True)) is None
-    forget()
 
 
 # The card
