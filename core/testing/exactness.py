@@ -99,6 +99,26 @@ def packed_exactness(subject: Subject) -> str:
     return f"{len(worst) - 1} comparisons, {max(worst):.0e}"
 
 
+def causal_order(subject: Subject) -> str:
+    """A later word moves an earlier token just where the family does not call the architecture causal."""
+    if subject.family.packing is None:
+        raise NotApplicable("the family takes padded input only")
+    model = subject.plain()
+    ids = model.preprocess([words(9)])["input_ids"]
+    other = ids.clone()
+    other[0, -2] = ids[0, 2]
+    with torch.no_grad():
+        first, second = (model[0].model(input_ids=tokens).last_hidden_state[0] for tokens in (ids, other))
+    moved = float((first - second)[:-2].abs().max())
+    assert float((first - second)[-2].abs().max()) > 1e-3, "another word changes nothing: nothing would be proved"
+    causal = moved < 1e-6
+    claimed = subject.family.packing.causal
+    assert causal == claimed, (
+        f"a later word moves an earlier token by {moved:.0e}, and the family says causal={claimed}"
+    )
+    return "causal" if causal else "both ways"
+
+
 def padding_side(subject: Subject) -> str:
     """A family read at the last token gives the same embeddings whichever side the padding is on."""
     if subject.pooling.mode != "lasttoken":

@@ -15,6 +15,7 @@ CHECKS: dict[str, Check] = {
     "equals stock": exactness.stock_exactness,
     "patches": exactness.patch_exactness,
     "packed equals padded": exactness.packed_exactness,
+    "causal order": exactness.causal_order,
     "padding side": exactness.padding_side,
     "gradient checkpointing": exactness.checkpointing_exactness,
     "undoing": exactness.undoing,

@@ -25,42 +25,62 @@ def roberta(vocabulary: int) -> PretrainedConfig:
     return RobertaConfig(vocab_size=vocabulary, max_position_embeddings=130, pad_token_id=0, **SMALL)
 
 
-def distilbert(vocabulary: int) -> PretrainedConfig:
-    from transformers import DistilBertConfig
+def electra(vocabulary: int) -> PretrainedConfig:
+    from transformers import ElectraConfig
 
-    return DistilBertConfig(
-        vocab_size=vocabulary, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=128
+    return ElectraConfig(vocab_size=vocabulary, embedding_size=16, max_position_embeddings=128, **SMALL)
+
+
+def nomic_bert(vocabulary: int) -> PretrainedConfig:
+    from transformers import NomicBertConfig
+
+    return NomicBertConfig(vocab_size=vocabulary, max_position_embeddings=128, pad_token_id=0, **SMALL)
+
+
+def eurobert(vocabulary: int) -> PretrainedConfig:
+    from transformers import EuroBertConfig
+
+    return EuroBertConfig(
+        vocab_size=vocabulary, max_position_embeddings=128, num_key_value_heads=2, pad_token_id=0, bos_token_id=101,
+        eos_token_id=102, mask_token_id=103, **SMALL,
+    )  # fmt: skip
+
+
+def deberta(vocabulary: int) -> PretrainedConfig:
+    """DeBERTa-v3: relative positions in three ways, no attention interface."""
+    from transformers import DebertaV2Config
+
+    published: dict[str, Any] = {"position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+    return DebertaV2Config(
+        vocab_size=vocabulary, max_position_embeddings=128, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        position_biased_input=False, type_vocab_size=0, pad_token_id=0, **published, **SMALL,
+    )  # fmt: skip
+
+
+def qwen2(vocabulary: int) -> PretrainedConfig:
+    """A causal one."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=vocabulary, max_position_embeddings=128, num_key_value_heads=2, pad_token_id=0, **SMALL
     )
 
 
-def mpnet(vocabulary: int) -> PretrainedConfig:
-    from transformers import MPNetConfig
+def albert(vocabulary: int) -> PretrainedConfig:
+    """One without gradient checkpointing in transformers; its layers share their weights."""
+    from transformers import AlbertConfig
 
-    return MPNetConfig(vocab_size=vocabulary, max_position_embeddings=130, pad_token_id=1, **SMALL)
-
-
-def modernbert(vocabulary: int) -> PretrainedConfig:
-    from transformers import ModernBertConfig
-
-    return ModernBertConfig(
-        vocab_size=vocabulary, max_position_embeddings=128, local_attention=8, pad_token_id=0, **SMALL
-    )
-
-
-def qwen3(vocabulary: int) -> PretrainedConfig:
-    from transformers import Qwen3Config
-
-    return Qwen3Config(
-        vocab_size=vocabulary, max_position_embeddings=128, num_key_value_heads=2, head_dim=8, pad_token_id=0, **SMALL
-    )
+    return AlbertConfig(vocab_size=vocabulary, embedding_size=16, max_position_embeddings=128, pad_token_id=0, **SMALL)
 
 
 CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
     "roberta": roberta,
-    "distilbert": distilbert,
-    "mpnet": mpnet,
-    "modernbert": modernbert,
-    "qwen3": qwen3,
+    "electra": electra,
+    "nomic_bert": nomic_bert,
+    "eurobert": eurobert,
+    "deberta": deberta,
+    "qwen2": qwen2,
+    "albert": albert,
 }
 
 
@@ -143,7 +163,7 @@ def test_packed_true_is_refused(folder: Path) -> None:
         FastSentenceTransformer.from_pretrained(str(folder), packed=True, device="cpu")
 
 
-@pytest.mark.parametrize("name", ["roberta", "distilbert", "modernbert", "qwen3"])
+@pytest.mark.parametrize("name", ["roberta", "electra", "nomic_bert", "eurobert", "deberta", "qwen2"])
 def test_checkpointed_gradients_equal_unchecked_ones(folders: dict[str, Path], name: str) -> None:
     kept, checked = (
         FastSentenceTransformer.from_pretrained(
@@ -157,11 +177,11 @@ def test_checkpointed_gradients_equal_unchecked_ones(folders: dict[str, Path], n
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_mpnet_has_no_checkpointing_and_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
-    message = r"^use_gradient_checkpointing: transformers has no gradient checkpointing for MPNetModel"
+def test_albert_has_no_checkpointing_and_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    message = r"^use_gradient_checkpointing: transformers has no gradient checkpointing for AlbertModel"
     with pytest.raises(ModelError, match=message):
-        FastSentenceTransformer.from_pretrained(str(folders["mpnet"]), use_gradient_checkpointing=True, device="cpu")
-    model = FastSentenceTransformer.from_pretrained(str(folders["mpnet"]), device="cpu")
+        FastSentenceTransformer.from_pretrained(str(folders["albert"]), use_gradient_checkpointing=True, device="cpu")
+    model = FastSentenceTransformer.from_pretrained(str(folders["albert"]), device="cpu")
     with pytest.raises(ModelError, match=message):
         FastSentenceTransformer.get_peft_model(model, use_gradient_checkpointing="unsloth")
     assert not any("lora" in name for name, _ in model.named_parameters())
@@ -173,7 +193,7 @@ def test_mpnet_has_no_checkpointing_and_says_so(folders: dict[str, Path], tmp_pa
 def test_pooling_without_modules_json_is_sentence_transformers_own(
     minilm: Path, tmp_path: Path, kind: Any, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = save(tmp_path / "qwen3", minilm, "qwen3", kind)
+    folder = save(tmp_path / "qwen2", minilm, "qwen2", kind)
     ours, theirs = FastSentenceTransformer.from_pretrained(str(folder), device="cpu"), plain(folder)
     assert ours[1].pooling_mode == theirs[1].pooling_mode == mode
     assert f"{mode}, not normalised (default of family generic, no modules.json)" in capsys.readouterr().err
