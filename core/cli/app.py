@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .flags import config_command
+from .plugins import plugins
 
 # Click's base of all usage errors, whether click is installed or typer brings its own copy of it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -196,52 +197,18 @@ def doctor(
     )
 
 
-plugins = typer.Typer(help="List plugins and switch them on and off.", rich_markup_mode="markdown")
 app.add_typer(plugins, name="plugins", short_help="Families, backends and kernels: from where, in what health.")
-
-
-@plugins.callback(invoke_without_command=True)
-def list_plugins(
-    context: typer.Context,
-    check: Annotated[bool, typer.Option(help="Import every plugin and report its health; without, none is.")] = False,
-) -> None:
-    """Every family, backend, kernel and export target, with distribution, version, contract version and health."""
-    if context.invoked_subcommand is not None:
-        return
-    from ..doctor import plugin_rows
-    from .quiet import hush_bitsandbytes
-    from .show import table
-
-    hush_bitsandbytes()
-    headings = ("plugin", "provides", "distribution", "version", "contract", "health")
-    rows, broken = plugin_rows(check=check)
-    table("Plugins" if check else "Plugins (from their metadata; --check imports them)", headings, rows)
-    if broken:
-        raise typer.Exit(5)
-
-
-@plugins.command()
-def disable(name: Annotated[str, typer.Argument(help="A plugin or a distribution.")]) -> None:
-    """Switch a plugin off for good; `burnish plugins enable NAME` takes it back."""
-    from ..doctor import switch
-
-    print(switch(name, on=False))
-
-
-@plugins.command()
-def enable(name: Annotated[str, typer.Argument(help="A plugin or a distribution.")]) -> None:
-    """Switch a disabled plugin on again."""
-    from ..doctor import switch
-
-    print(switch(name, on=True))
 
 
 INTERRUPTED = 130
 COMMANDS = ("quickstart", "train", "eval", "export", "doctor", "plugins")
+# Said of one plugin, as in `burnish plugin new NAME`, it is the same group.
+ALIASES = {"plugin": "plugins"}
 
 
 def dispatch(arguments: list[str]) -> int:
     """Run one command; a name that is not ours may be a plugin's. Wrong use comes out in one line, exit code 2."""
+    arguments = [*(ALIASES.get(name, name) for name in arguments[:1]), *arguments[1:]]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         return _plugin_command(arguments)
     app.info.epilog = _epilog() if not arguments or arguments[0] == "--help" else CODES
@@ -250,12 +217,19 @@ def dispatch(arguments: list[str]) -> int:
     except typer.Abort as interruption:
         raise KeyboardInterrupt from interruption
     except _UsageError as error:
-        asked = " ".join(["burnish", *arguments[: arguments[:1] != [] and arguments[0] in COMMANDS], "--help"])
+        asked = " ".join(["burnish", *_asked(arguments), "--help"])
         print(f"error: {_message(error)} Try `{asked}`", file=sys.stderr)
         return 2
     if code == INTERRUPTED:  # newer versions of typer make this of the interrupt
         raise KeyboardInterrupt
     return code
+
+
+def _asked(arguments: list[str]) -> list[str]:
+    """The command that was meant, and of a group the command in it."""
+    group = [command.name or getattr(command.callback, "__name__", "") for command in plugins.registered_commands]
+    first = [name for name in arguments[:1] if name in COMMANDS]
+    return [*first, *(name for name in arguments[1:2] if first == ["plugins"] and name in group)]
 
 
 def _epilog() -> str:
