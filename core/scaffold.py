@@ -167,9 +167,9 @@ def _encoder(spec: FamilySpec, plugin: Plugin, model_type: str) -> Encoder:
     from .fitting import sample_sizes
 
     same = [known for known in CONFIG_MAPPING if known.replace("-", "_") == model_type.replace("-", "_")]
+    same = [known for known in same if _of_transformers(CONFIG_MAPPING[known])]
     if same:
-        known = model_type if model_type in same else same[0]
-        config: type[PretrainedConfig] = CONFIG_MAPPING[known]
+        config: type[PretrainedConfig] = CONFIG_MAPPING[model_type if model_type in same else same[0]]
         return Encoder(config=config, own=False, sizes=sample_sizes(config))
     if spec.sample is None:
         what = f"family {spec.name} has no sample config, and transformers no model type {model_type!r}"
@@ -179,7 +179,15 @@ def _encoder(spec: FamilySpec, plugin: Plugin, model_type: str) -> Encoder:
         with blame(plugin, f"the {size} sample of family {spec.name}"):
             sample = spec.sample(size)
             sizes[size] = _arguments(sample)
+    if not _of_transformers(type(sample)):
+        what = f"family {spec.name} is for an encoder of its plugin's own, and transformers has no type {model_type!r}"
+        raise ConfigError(what, where="--like", fix="Name a family whose encoder transformers has")
     return Encoder(config=type(sample), own=True, sizes=sizes)
+
+
+def _of_transformers(kind: type) -> bool:
+    """Whether a class is transformers' own; plugins register theirs in the same tables."""
+    return kind.__module__.startswith("transformers.")
 
 
 def _arguments(config: PretrainedConfig) -> Sizes:

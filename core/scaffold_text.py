@@ -52,27 +52,29 @@ def plugin_words(name: str, kind: str, encoder: Encoder, owners: Sequence[Plugin
     stem = name.lower().replace("-", "_")
     module, modeling = f"burnish_{stem}", f"modeling_{stem}"
     config, model, title = _class_names(name, kind, encoder)
-    base, base_model = encoder.config.__name__, _model_class(encoder.config)
     words = {
         "name": name, "stem": stem, "module": module, "model_type": kind, "contract": str(CONTRACT),
         "transformers": transformers.__version__, "title": title, "class_name": _camel(name), "config": config,
-        "model": model, "like_config": base, "like_model": base_model, "modules": python([module]), "register": "",
-        "modeling_row": "", "plugins": "", "modeling_imports": "",
+        "model": model, "modules": python([module]), "register": "", "modeling_row": "", "plugins": "",
         "when_on": f"Once it is installed it is on, for every model whose config says `model_type: {kind}`.",
     }  # fmt: skip
     if encoder.own:
-        words["modules"] = python([module, modeling])
-        words["register"] = "    register()\n"
-        words["modeling_imports"] = _imports([*_from(encoder.config, ["AutoConfig", "AutoModel"], base, base_model)])
-        words["modeling_row"] = f"| `{modeling}.py` | the encoder, and how transformers gets to know it |\n"
+        like = encoder.config.__name__, _model_class(encoder.config)
+        words |= {
+            "like_config": like[0], "like_model": like[1], "modules": python([module, modeling]),
+            "register": "    register()\n",
+            "modeling_imports": _imports([*_from(encoder.config, ["AutoConfig", "AutoModel"], *like)]),
+            "modeling_row": f"| `{modeling}.py` | the encoder, and how transformers gets to know it |\n",
+        }  # fmt: skip
     if owners:
         whose = _labels(owners)
-        about = _wrapped(f"# Without this the run would be about {whose}, which takes the type too.", " " * 4)
+        about = _comment(f"Without this the run would be about {whose}, which takes the type too.", 4)
         words["plugins"] = f'{about}\n    plugins = ("burnish-{name}",)'
-        words["when_on"] = _wrapped(
+        when = (
             f"Models of type `{kind}` are taken by {whose} too. This plugin takes them where it is named: "
             f'`plugins=["burnish-{name}"]` in Python, `--plugins burnish-{name}` on the command line.'
         )
+        words["when_on"] = "\n".join(wrap(when, WIDTH))
     return words
 
 
@@ -80,19 +82,15 @@ def _labels(owners: Iterable[Plugin]) -> str:
     return " and ".join(sorted({owner.label for owner in owners}))
 
 
-def _wrapped(text: str, indent: str = "") -> str:
-    return "\n".join(wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "# " * bool(indent)))
-
-
 def _camel(name: str) -> str:
     return "".join(part[:1].upper() + part[1:] for part in re.split(r"[-_]", name))
 
 
 def _class_names(name: str, kind: str, encoder: Encoder) -> tuple[str, str, str]:
-    """(config class, model class, the architecture's name in prose)."""
+    """(config class, model class of its own, the architecture's name in prose)."""
     if not encoder.own:
         config = encoder.config.__name__
-        return config, _model_class(encoder.config), config.removesuffix("Config")
+        return config, "", config.removesuffix("Config")
     import transformers
 
     stem = _camel(kind)
@@ -162,8 +160,9 @@ def family_words(family: Family, facts: Facts, encoder: Encoder, words: Mapping[
     }
 
 
-def _comment(text: str) -> str:
-    return "\n".join(wrap(text, WIDTH, initial_indent=" " * 8 + "# ", subsequent_indent=" " * 8 + "# "))
+def _comment(text: str, indent: int = 8) -> str:
+    margin = " " * indent + "# "
+    return "\n".join(wrap(text, WIDTH, initial_indent=margin, subsequent_indent=margin))
 
 
 def _lora_words(facts: Facts) -> str:
