@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+# Their own tests run where they are installed, in a process of their own.
+collect_ignore_glob = ["burnish-*"]
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,24 @@ class Site:
     python: Path
     folder: Path
 
-    def journey(self, model: Path, module: str) -> dict[str, Any]:
-        """What `journey.py` reports of `model`, run in this Python and away from the checkout."""
+    def run(self, *arguments: str | Path, cwd: Path) -> str:
+        """What this Python prints when it is run with these arguments, which must end well."""
         path = {} if self.python != Path(sys.executable) else {"PYTHONPATH": str(self.folder)}
-        command = [str(self.python), str(HERE / "journey.py"), str(model), module]
-        runs = self.folder.parent / "runs"
-        runs.mkdir()
-        done = subprocess.run(command, cwd=runs, capture_output=True, text=True, env=environment() | path)
-        assert done.returncode == 0, done.stderr[-4000:]
-        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return report
+        command = [str(self.python), *map(str, arguments)]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment() | path)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout
+
+    def report(self, script: str, *arguments: str | Path) -> dict[str, Any]:
+        """The JSON in the last line of what a script beside this file prints, run away from the checkout."""
+        runs = self.folder.parent / f"runs-{script}"
+        runs.mkdir(exist_ok=True)
+        found: dict[str, Any] = json.loads(self.run(HERE / script, *arguments, cwd=runs).splitlines()[-1])
+        return found
+
+    def journey(self, model: Path, module: str) -> dict[str, Any]:
+        """What `journey.py` reports of `model` with a plugin's module watched."""
+        return self.report("journey.py", model, module)
 
 
 def environment() -> dict[str, str]:
@@ -101,13 +111,53 @@ def electra(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return WAYS[request.param](copied(HERE / "burnish-electra", folder), folder)
 
 
+def together(sources: Iterable[Path], folder: Path) -> Site:
+    """Several sources, installed at once into a folder."""
+    pip("install", "--no-deps", "--no-build-isolation", "--target", folder / "site", *sources)
+    return Site(Path(sys.executable), folder / "site")
+
+
+@pytest.fixture(scope="session")
+def install_together() -> Callable[[Iterable[Path], Path], Site]:
+    """`together`, for tests that make their own distributions."""
+    return together
+
+
 @pytest.fixture(scope="session")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """Every distribution in `hostile/`, installed at once."""
     folder = tmp_path_factory.mktemp("hostile")
     sources = [copied(source, folder) for source in sorted((HERE / "hostile").iterdir()) if source.is_dir()]
-    pip("install", "--no-deps", "--no-build-isolation", "--target", folder / "site", *sources)
-    return Site(Path(sys.executable), folder / "site")
+    return together(sources, folder)
+
+
+@pytest.fixture(scope="session")
+def nomic(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The full family distribution, installed from its wheel; its sources lie beside the site."""
+    folder = tmp_path_factory.mktemp("nomic")
+    return from_wheel(copied(HERE / "burnish-nomic", folder), folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_nomic(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain transformers folder: NomicBERT with random weights (hidden 32, 2 layers) and MiniLM's real tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, NomicBertConfig, NomicBertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(str(minilm))
+    config = NomicBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-nomic") / "tiny-nomic"
+    NomicBertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
