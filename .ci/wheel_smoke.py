@@ -26,6 +26,7 @@ INDISPENSABLE = {
     "core/quickstart_data/corpus.jsonl.gz",
     "core/quickstart_data/qrels/test.tsv",
     "core/report_template.html.j2",
+    "core/scaffold_files/family.py.tmpl",
 }
 HEAVY = ("torch", "transformers", "sentence_transformers", "datasets", "peft")
 

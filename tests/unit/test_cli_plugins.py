@@ -124,6 +124,30 @@ def test_a_check_that_fails_is_exit_code_5(cli: Cli, monkeypatch: pytest.MonkeyP
     assert code == 5 and "pooler.dense gets an adapter and no gradient" in out
 
 
+DEAD = """
+from transformers import BertConfig
+from burnish.core.contracts import LoraTargets
+
+def build(config):
+    return Family(name="zeta", lora=LoraTargets(names=("query", "pooler.dense")))
+
+def sample(size):
+    return BertConfig(vocab_size=250, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+
+@hookimpl
+def burnish_register_families():
+    return [FamilySpec(name="zeta", model_types=("bert",), build=build, sample=sample)]
+"""
+
+
+def test_check_examines_what_is_installed(cli: Cli, install: Install) -> None:
+    code, out, _ = cli("plugins", "check", "bert", "--only", "LoRA reach")
+    assert code == 0 and re.search(r"^family bert +LoRA reach +passed +12 layers", out, re.M)
+    install("zeta-plugin", "model_type.bert", code=DEAD)
+    code, out, _ = cli("plugins", "check", "zeta-plugin", "--only", "LoRA reach")
+    assert code == 5 and re.search(r"^family zeta +LoRA reach +failed .*pooler.dense", out, re.M)
+
+
 def test_bench_hands_on_what_it_is_given_and_prints_a_table(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
