@@ -66,7 +66,7 @@ def test_packed_input_is_tried(model_type: str, packing: Packing) -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("deberta-v2", "its attention does not go through"),  # nothing of it does
+        ("roformer", "its attention does not go through"),  # nothing of it does
         ("mobilebert", "packed and padded outputs differ by"),  # its embeddings look at their neighbours
     ],
 )
@@ -159,5 +159,5 @@ def test_what_has_no_layer_to_adapt_is_refused() -> None:
 
 def test_neither_random_numbers_nor_the_log_are_left_changed() -> None:
     state, level = torch.get_rng_state(), logging.get_verbosity()
-    facts("deberta-v2")
+    facts("roformer")
     assert torch.equal(torch.get_rng_state(), state) and logging.get_verbosity() == level
