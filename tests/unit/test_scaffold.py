@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -106,6 +107,34 @@ def test_nothing_is_registered_by_importing_it(tmp_path: Path, imported: Callabl
     assert "acme-two" not in CONFIG_MAPPING
     spec_of(module)
     assert "acme-two" in CONFIG_MAPPING
+
+
+LOAD = """
+import sys
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+weight = model.state_dict()["encoder.layer.1.output.dense.weight"][3, 5].item()
+print(type(model).__name__, model.config.model_type, weight)
+"""
+
+
+def test_a_folder_that_carries_the_encoder_loads_without_the_plugin(
+    tmp_path: Path, imported: Callable[[Path], ModuleType]
+) -> None:
+    new_plugin("acme", "bert", tmp_path)
+    spec = spec_of(imported(tmp_path / "burnish-acme"))
+    modeling = sys.modules["modeling_acme"]
+    # As the docstring of `register` in the file tells an author.
+    modeling.AcmeConfig.register_for_auto_class()
+    modeling.AcmeModel.register_for_auto_class("AutoModel")
+    assert spec.sample is not None
+    model = modeling.AcmeModel(spec.sample("tiny"))
+    model.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path / "model")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    weight = model.state_dict()["encoder.layer.1.output.dense.weight"][3, 5].item()
+    assert done.stdout.split() == ["AcmeModel", "acme", str(weight)], done.stderr[-2000:]
 
 
 def test_the_packaging_names_what_there_is(tmp_path: Path) -> None:
