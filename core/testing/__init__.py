@@ -1,12 +1,7 @@
 """What plugin authors test with: the conformance suite, as pytest classes and as a table.
 
-```python
-from burnish.core.testing import FamilyConformance
-
-
-class TestElectra(FamilyConformance):
-    model_type = "electra"
-```
+    class TestElectra(FamilyConformance):
+        model_type = "electra"
 
 runs every check of a family. `BackendConformance` and `KernelConformance` do the same for backends and operations. It
 needs the packages of `pip install 'burnish[testing]'`; `burnish plugins check NAME` runs it without a test file.

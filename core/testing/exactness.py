@@ -14,7 +14,7 @@ from ..machine import describe
 from ..patching import PatchPlan, patched
 from ..registry import registry
 from ..selection import choose_family
-from .subject import GPU, NotApplicable, Subject, backward, compare_gradients, compare_outputs, each, embed
+from .subject import GPU, NotApplicable, Subject, backward, compare_gradients, compare_outputs, each, embed, unchanged
 from .tokenizer import words
 
 
@@ -30,13 +30,16 @@ def stock_exactness(subject: Subject) -> str:
         return max(apart, compare_gradients(gradients, reference, tolerance))
 
     assert not torch.equal(*embed(subject.ours(), subject.texts[:2]).detach()), "two texts have one embedding"
-    return f"float64 {error(torch.float64):.0e}, float32 {error(torch.float32):.0e}"
+    kinds = {"float64": torch.float64, "float32": torch.float32}
+    return ", ".join(
+        f"{name} {error(kind):.0e}" for name, kind in kinds.items() if kind in (subject.exact, torch.float32)
+    )
 
 
 def patch_exactness(subject: Subject) -> str:
     """The patches of this machine, and those that a GPU would get, equal the stock modules on padded input."""
     choice = choose_family(registry(subject.plugins), subject.config)
-    machines = {"cpu": describe("cpu"), "cuda": GPU}
+    machines = {"cpu": describe("cpu"), "cuda": describe("cuda") if subject.device == "cuda" else GPU}
     rows = {name: _patched(subject, choice, machines[name]) for name in subject.devices}
     if not any(count for count, _ in rows.values()):
         raise NotApplicable("the family has no patches")
@@ -45,7 +48,7 @@ def patch_exactness(subject: Subject) -> str:
 
 def _patched(subject: Subject, choice: FamilyChoice, machine: Machine) -> tuple[int, float]:
     """(how many patches there are for this machine, the largest error with them)."""
-    model = subject.plain().double()
+    model = subject.exactly(subject.plain())
     transformer = model[0].model
     plan = PatchPlan(choice.claims(transformer, machine))
     if not plan.entries:
@@ -58,7 +61,7 @@ def _patched(subject: Subject, choice: FamilyChoice, machine: Machine) -> tuple[
         found, gradients = backward(model, subject.texts)
         assert list(model.state_dict()) == keys, "the patches change the state dict's keys"
     again, _ = backward(model, subject.texts)
-    assert torch.equal(again, expected), "the model is not what it was once the patches are undone"
+    assert unchanged(again, expected), "the model is not what it was once the patches are undone"
     apart = compare_outputs(found, expected, subject.tolerance)
     return len(plan.entries), max(apart, compare_gradients(gradients, reference, subject.tolerance))
 
@@ -70,7 +73,7 @@ def packed_exactness(subject: Subject) -> str:
 
     if subject.family.packing is None:
         raise NotApplicable("the family takes padded input only")
-    ours, theirs = subject.ours(packed=True).double(), subject.plain().double()
+    ours, theirs = subject.exactly(subject.ours(packed=True)), subject.exactly(subject.plain())
     longest, tolerance = subject.longest, subject.tolerance
     worst = [0.0]
 
@@ -90,7 +93,13 @@ def packed_exactness(subject: Subject) -> str:
     for lengths in ([1], [0], [longest + 9], [longest - 2, longest - 1, longest], [1] * 12, [0, longest, 1, 5, 0, 23]):
         examine(lengths, gradients=True)
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=subject.examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.lists(st.integers(0, longest + 2), min_size=1, max_size=10))
     def random(lengths: list[int]) -> None:
         examine(lengths, gradients=False)
@@ -104,7 +113,7 @@ def causal_order(subject: Subject) -> str:
     if subject.family.packing is None:
         raise NotApplicable("the family takes padded input only")
     model = subject.plain()
-    ids = model.preprocess([words(9)])["input_ids"]
+    ids = model.preprocess([words(9)])["input_ids"].to(subject.device)
     other = ids.clone()
     other[0, -2] = ids[0, 2]
     with torch.no_grad():
@@ -125,7 +134,7 @@ def padding_side(subject: Subject) -> str:
         raise NotApplicable(f"the pooling is {subject.pooling.mode}")
     found = []
     for side in ("right", "left"):
-        model = subject.ours(packed=False).double()
+        model = subject.exactly(subject.ours(packed=False))
         model.tokenizer.padding_side = side
         ids = model.preprocess(subject.texts)["attention_mask"]
         assert (ids[:, 0] == 0).any() == (side == "left"), f"the padding is not on the {side}"
@@ -139,7 +148,7 @@ def checkpointing_exactness(subject: Subject) -> str:
     from torch.utils.flop_counter import FlopCounterMode
 
     def run(**options: Any) -> tuple[int, dict[str, torch.Tensor]]:
-        model = subject.ours(**options).double()
+        model = subject.exactly(subject.ours(**options))
         with FlopCounterMode(display=False) as counter:
             _, gradients = backward(model, subject.texts)
         return int(counter.get_total_flops()), gradients
@@ -169,8 +178,8 @@ def undoing(subject: Subject) -> str:
     assert not changed, f"{changed[0]} is still a {type(dict(ours.named_modules())[changed[0]]).__name__}"
     found, gradients = backward(ours, subject.texts)
     expected, reference = backward(theirs, subject.texts)
-    assert torch.equal(found, expected), "the embeddings differ in some bit"
-    odd = [name for name, value in reference.items() if not torch.equal(gradients[name], value)]
+    assert unchanged(found, expected), "the embeddings differ in some bit"
+    odd = [name for name, value in reference.items() if not unchanged(gradients[name], value)]
     assert not odd, f"the gradient of {odd[0]} differs in some bit"
     return f"{applied} patches undone, bit-equal"
 

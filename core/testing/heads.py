@@ -1,4 +1,4 @@
-"""Task heads on packed input: where a head reads each text, and whether its logits are the stock model's."""
+"""Task heads on packed input: whether their logits and gradients are the stock model's on padded input."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Head
+from ..heads import read_vectors
 from ..machine import describe
 from ..packing import name_attention, register_attention
 from ..patching import PatchPlan, patched
@@ -19,43 +20,22 @@ from .subject import Subject, compare_gradients, compare_outputs, enliven
 LENGTHS = (7, 1, 19, 4, 2)
 
 
-def read_vectors(head: Head, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """What a head reads of each packed text.
-
-    Args:
-        head: First token, last token, mean, or every token.
-        hidden: (T, H) token vectors of the whole batch.
-        cu_seqlens: (N + 1,) the first token of each text, and T.
-
-    Returns:
-        (N, H); for "every", (T, H).
-    """
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    if head.reads == "every":
-        return hidden
-    if head.reads == "mean":
-        texts = torch.repeat_interleave(ends - starts, output_size=hidden.shape[0])
-        total = hidden.new_zeros(starts.numel(), hidden.shape[1]).index_add(0, texts, hidden)
-        return total / (ends - starts)[:, None]
-    return hidden[starts if head.reads == "first" else ends - 1]
-
-
 def error(subject: Subject, task: str) -> float:
     """The largest error of logits and gradients, packed against padded."""
     head = subject.family.heads[task]
-    model = _model(subject, task).double()
+    model = subject.exactly(_model(subject, task))
     ids = _ids(subject)
     expected = _padded(model, head, ids, subject)
     reference = _gradients(model, expected)
     choice = choose_family(registry(subject.plugins), subject.config)
-    plan = PatchPlan(choice.claims(model, describe("cpu")))
-    kernel = choose_kernel(registry(subject.plugins), describe("cpu"), "packed_attention")
+    plan = PatchPlan(choice.claims(model, describe(subject.device)))
+    kernel = choose_kernel(registry(subject.plugins), describe(subject.device), "packed_attention")
     assert kernel is not None and subject.family.packing is not None
     with patched(model, plan):
         name_attention(model, register_attention(kernel.spec.name, kernel.load()))
-        bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+        bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=subject.device)
         offset = subject.family.packing.position_offset
-        positions = torch.cat([torch.arange(length) + offset for length in LENGTHS])[None]
+        positions = torch.cat([torch.arange(length) + offset for length in LENGTHS])[None].to(subject.device)
         batch = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
         hidden = model.base_model(
             input_ids=torch.cat(ids)[None], position_ids=positions, max_length_q=max(LENGTHS),
@@ -82,14 +62,14 @@ def _model(subject: Subject, task: str) -> Any:
     torch.manual_seed(subject.seed)
     model = kinds[task].from_config(config)
     enliven(model)
-    return model.eval()
+    return model.eval().to(subject.device)
 
 
 def _ids(subject: Subject) -> list[Tensor]:
     """Token ids of each text, none of them padding."""
     pad = int(getattr(subject.config, "pad_token_id", None) or 0)
     draw = torch.Generator().manual_seed(3)
-    return [torch.randint(pad + 1, 40, (length,), generator=draw) for length in LENGTHS]
+    return [torch.randint(pad + 1, 40, (length,), generator=draw).to(subject.device) for length in LENGTHS]
 
 
 def _padded(model: Any, head: Head, ids: list[Tensor], subject: Subject) -> Tensor:
@@ -102,12 +82,12 @@ def _padded(model: Any, head: Head, ids: list[Tensor], subject: Subject) -> Tens
         return logits
     if head.reads == "every":
         return logits[mask.bool()]
-    places = mask.sum(1) - 1 if head.reads == "last" else torch.zeros(len(ids), dtype=torch.long)
-    return logits[torch.arange(len(ids)), places]
+    places = mask.sum(1) - 1 if head.reads == "last" else torch.zeros(len(ids), dtype=torch.long, device=logits.device)
+    return logits[torch.arange(len(ids), device=logits.device), places]
 
 
 def _gradients(model: Any, logits: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4), dtype=logits.dtype)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4)).to(logits)
     torch.autograd.backward((logits * weights).sum())
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}

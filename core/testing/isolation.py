@@ -12,7 +12,7 @@ from torch import nn
 
 from ..contracts import FamilySpec
 from ..registry import Failure, registry
-from .subject import NotApplicable, Subject, backward, embed
+from .subject import NotApplicable, Subject, backward, embed, unchanged
 from .training import adapted
 
 
@@ -24,13 +24,13 @@ def neighbours(subject: Subject) -> str:
     alive = other.ours()
     model = subject.ours()
     backward(model, subject.texts)
-    assert torch.equal(embed(alive, other.texts), before[0]), f"a {other.config.model_type} model beside it changed"
-    assert torch.equal(embed(stock, subject.texts), before[1]), "a stock model of the same architecture changed"
+    assert unchanged(embed(alive, other.texts), before[0]), f"a {other.config.model_type} model beside it changed"
+    assert unchanged(embed(stock, subject.texts), before[1]), "a stock model of the same architecture changed"
     own = embed(model, subject.texts).detach()
     alive.undo_patches()
-    assert torch.equal(embed(model, subject.texts), own), f"undoing a {other.config.model_type} model changed this one"
+    assert unchanged(embed(model, subject.texts), own), f"undoing a {other.config.model_type} model changed this one"
     model.undo_patches()
-    assert torch.equal(embed(stock, subject.texts), before[1]), "undoing changed a stock model"
+    assert unchanged(embed(stock, subject.texts), before[1]), "undoing changed a stock model"
     return f"beside {other.config.model_type} and a stock model"
 
 
@@ -84,7 +84,7 @@ def _tables(subject: Subject) -> dict[str, Any]:
     for kind in classes:
         for name, value in vars(kind).items():
             # Caches that Python and the libraries fill as they go.
-            if not name.startswith(("__", "_abc_", "_compiled")):
+            if not name.startswith(("__", "_abc_", "_compiled")) and not name.endswith("_cached_value"):
                 found[f"{kind.__module__}.{kind.__qualname__}.{name}"] = value
     tables: dict[str, Any] = {
         "attention": AttentionInterface._global_mapping,

@@ -49,6 +49,8 @@ class Subject:
         plugins: Plugins named for the run, as `FastSentenceTransformer` takes them.
         devices: "cpu" for this machine's patches, "cuda" for those that a GPU would get (run where the subject is).
         device: Where everything runs.
+        exact: The dtype in which ours and the reference are compared; float32 where float64 would not fit.
+        examples: How many random batches of texts packed input is tried on.
     """
 
     config: PretrainedConfig
@@ -58,6 +60,8 @@ class Subject:
     plugins: tuple[str, ...] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     device: str = "cpu"
+    exact: torch.dtype = torch.float64
+    examples: int = 25
     seed: int = field(default=0)
 
     @cached_property
@@ -111,6 +115,10 @@ class Subject:
             first = self.pooling.mode != "lasttoken"
             save_tokenizer(place, self.config, first=first, max_length=self.longest)
         return place
+
+    def exactly(self, model: Any) -> Any:
+        """The model in the dtype of comparisons."""
+        return model.to(self.exact)
 
     def ours(self, folder: Path | None = None, **options: Any) -> Any:
         """The model as Burnish prepares it, for full fine-tuning unless `options` say otherwise."""
@@ -220,6 +228,14 @@ def compare_outputs(ours: Tensor, theirs: Tensor, tolerance: float, what: str = 
     error = float((ours.double() - theirs.double()).abs().max()) / top
     assert error <= tolerance, f"{what} are off by {error:.1e} of the largest value (allowed {tolerance:.0e})"
     return error
+
+
+def unchanged(now: Tensor, before: Tensor) -> bool:
+    """Whether nothing has changed by a bit; on a GPU, by more than sums in no fixed order do (pooling packed texts and
+    embedding gradients add up with atomics there)."""
+    if now.device.type == "cpu":
+        return torch.equal(now, before)
+    return bool((now - before).abs().max() <= 1e-5 * before.abs().max())
 
 
 def live_linears(model: Any, texts: Sequence[str]) -> set[str]:

@@ -17,14 +17,16 @@ from .subject import (
     embed,
     live_linears,
     quietly,
+    unchanged,
 )
 from .tokenizer import words
 
 
 def adapted(subject: Subject, **options: Any) -> Any:
     """The model with a LoRA adapter that acts: PEFT starts with B = 0."""
+    loaded = subject.ours(adapters=True, **{"dtype": "float32", **options})
     with quietly():
-        model = FastSentenceTransformer.get_peft_model(subject.ours(adapters=True, **options), r=4, lora_alpha=8)
+        model = FastSentenceTransformer.get_peft_model(loaded, r=4, lora_alpha=8)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -68,7 +70,7 @@ def merging(subject: Subject) -> str:
         compare_outputs(embed(other, subject.texts).detach(), live, tolerance)
         for other in (read, subject.read(adapter))
     ]
-    again = subject.ours(adapter, adapters=True)
+    again = subject.ours(adapter, adapters=True, dtype="float32")
     errors.append(compare_outputs(embed(again, subject.texts).detach(), live, tolerance))
     return f"{max(errors):.0e}"
 
@@ -115,22 +117,27 @@ def masters(subject: Subject) -> str:
 def dropout(subject: Subject) -> str:
     """Each dropout of the config acts on packed input as it does on the stock model, and as strongly."""
     said = []
+    texts, draws = subject.texts[:4], max(4, min(12, subject.examples))
     for name in subject.dropouts:
         setting: dict[str, Any] = {name: 0.3}
-        spread = _spread(subject.plain(**setting), subject.texts)
-        ours = _spread(subject.ours(config_kwargs=setting), subject.texts)
-        if spread == 0:
-            assert ours == 0, f"{name} acts, and on the stock model it does not"
+        spread = _spread(subject.plain(**setting), texts, draws)
+        ours = _spread(subject.ours(config_kwargs=setting), texts, draws)
+        if spread < NOISE:
+            assert ours < NOISE, f"{name} acts, and on the stock model it does not"
             continue
         assert 0.7 < ours / spread < 1.4, f"{name} moves the embeddings {ours / spread:.2f} times as much as stock"
         said.append(f"{name} {ours / spread:.2f}")
-    assert _spread(subject.ours(), subject.texts) == 0, "a dropout that the config does not have"
+    assert _spread(subject.ours(), texts, draws) < NOISE, "a dropout that the config does not have"
     if not said:
         raise NotApplicable("the config has no dropout that acts on embeddings")
     return ", ".join(said)
 
 
-def _spread(model: Any, texts: list[str], draws: int = 12) -> float:
+# Sums in no fixed order, as a GPU adds packed texts up, move an embedding of size 1 by 1e-7 from draw to draw.
+NOISE = 1e-5
+
+
+def _spread(model: Any, texts: list[str], draws: int) -> float:
     """How far the embeddings move from draw to draw in training mode."""
     model.train()
     torch.manual_seed(7)
@@ -220,11 +227,11 @@ def copies(subject: Subject) -> str:
     expected = embed(model, subject.texts).detach()
     kinds = [type(module) for module in model.modules()]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(embed(other, subject.texts), expected), "a copy gives other embeddings"
+        assert unchanged(embed(other, subject.texts), expected), "a copy gives other embeddings"
         other.undo_patches()
         compare_outputs(embed(other, subject.texts).detach(), expected, 10 * subject.tolerance)
         with torch.no_grad():
             next(iter(other.parameters())).zero_()
     assert [type(module) for module in model.modules()] == kinds, "undoing a copy's patches undid the model's"
-    assert torch.equal(embed(model, subject.texts), expected), "a change to a copy changed the model"
+    assert unchanged(embed(model, subject.texts), expected), "a change to a copy changed the model"
     return "deepcopy and pickle"

@@ -186,7 +186,7 @@ def test_dense_layers_stay_frozen_under_an_adapter(embeddinggemma: Path, capsys:
 
 @pytest.mark.parametrize("kept", [None, ["Dense"]])
 def test_an_adapter_on_embeddinggemma_reads_back(embeddinggemma: Path, tmp_path: Path, kept: list[str] | None) -> None:
-    model = FastSentenceTransformer.get_peft_model(load(embeddinggemma), r=4, modules_to_save=kept)
+    model: Any = FastSentenceTransformer.get_peft_model(load(embeddinggemma), r=4, modules_to_save=kept)
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
     before = embed(model, TEXTS).detach(), model[2].linear.weight.detach().clone()
     for _ in range(3):
