@@ -31,6 +31,7 @@ CONTRACT = 1
 """The contract's version. A plugin states the one it was written for as the capability `contract.1`."""
 
 PoolingMode: TypeAlias = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
+"""A pooling mode of Sentence Transformers."""
 POOLING_MODES: tuple[PoolingMode, ...] = ("mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean")
 
 
@@ -184,9 +185,13 @@ class Patch:
 
 
 HeadRule: TypeAlias = "Callable[[PreTrainedModel, Tensor], Tensor]"
+"""From the model with its head and the vectors that the head reads, to its logits."""
 PoolingRule: TypeAlias = "Pooling | Callable[[PretrainedConfig, frozenset[str]], Pooling]"
+"""A pooling, or a function of the config and the names of the repository's files."""
 SampleRule: TypeAlias = "Callable[[Literal['tiny', 'base']], PretrainedConfig]"
+"""From a size to a config for random weights."""
 PatchRule: TypeAlias = "Callable[[PreTrainedModel, Machine], Sequence[Patch]]"
+"""From the loaded transformer (on the meta device for `burnish doctor`) and the machine it is on, to its patches."""
 
 
 def patch_all(model: PreTrainedModel, old: type, new: type, why: str) -> tuple[Patch, ...]:

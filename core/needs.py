@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from .checks import check_members, check_tuples, check_types
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+"""A dtype that weights may be in, by torch's name."""
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 
 
@@ -21,7 +22,8 @@ class Machine:
         device: "cpu", "cuda", "mps", … without an index.
         compute_capability: CUDA's, such as (9, 0) for an H100; None elsewhere.
         dtypes: What the device computes in at speed.
-        packages: Installed version of each optional package that is there (triton, bitsandbytes, …).
+        packages: Installed version of each optional package that is there, of triton, bitsandbytes, flash-attn, kernels
+            and liger-kernel.
     """
 
     device: str
@@ -32,7 +34,14 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a backend, kernel or exporter cannot do without. Empty means anything will do."""
+    """What a backend, kernel or exporter cannot do without. Empty means anything will do.
+
+    Args:
+        devices: It runs on one of these only, such as ("cuda",).
+        compute_capability: The least that a CUDA device must have.
+        dtypes: What the device must compute in at speed, all of them.
+        packages: What must be installed, all of them; of the packages that a `Machine` knows of.
+    """
 
     devices: tuple[str, ...] = ()
     compute_capability: tuple[int, int] | None = None

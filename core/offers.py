@@ -92,7 +92,13 @@ class KernelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
-    """What an exporter gets: a saved folder, where to write, and the target's own options."""
+    """What an exporter gets.
+
+    Args:
+        source: A folder that Burnish saved: an adapter, a merged model or a full one.
+        output: Where to write; it is there and empty, and takes its name once the exporter has returned.
+        options: The target's own options, as `--option KEY=VALUE` gave them.
+    """
 
     source: Path
     output: Path
@@ -101,7 +107,14 @@ class ExportRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExporterSpec:
-    """A target of `burnish export --target NAME`. `run` writes into `request.output` and returns the files it made."""
+    """A target of `burnish export`.
+
+    Args:
+        target: What the user passes as `--target`.
+        summary: One line for `burnish plugins`.
+        run: Writes into `request.output` and returns the files it made.
+        needs: What it cannot run without.
+    """
 
     target: str
     summary: str
@@ -116,7 +129,13 @@ class ExporterSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandSpec:
-    """A command `burnish NAME …`. `run` gets the arguments after the name and returns the exit code."""
+    """A command of the `burnish` program.
+
+    Args:
+        name: What the user types after `burnish`.
+        summary: One line for `burnish --help`.
+        run: Gets the arguments after the name and returns the exit code.
+    """
 
     name: str
     summary: str

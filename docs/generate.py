@@ -6,9 +6,11 @@ this script would write (`tests/unit/test_docs.py`).
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -61,25 +63,178 @@ def _default(entry: Any) -> str:
 
 
 def hooks() -> str:
-    """Every hook of the contract with what it is for."""
+    """Every hook: signature, when it is called, what it takes and returns, its claim."""
     from burnish.core import hookspecs
 
-    rows = []
-    for name, hook in inspect.getmembers(hookspecs, inspect.isfunction):
-        if not name.startswith("burnish_"):
-            continue
-        about = " ".join((hook.__doc__ or "").split())
-        claim = re.findall(r"`\w+\.\w+`", about)[-1]
-        about = re.sub(rf" (Metadata: {claim}|Claim [^.]* \({claim}\))\.$", "", about)
-        order = hook.__code__.co_firstlineno
-        rows.append((order, [f"`{_signature(name, hook)}`", claim, about]))
-    return table(("Hook", "Claim", "What it does"), [row for _, row in sorted(rows)])
+    found = [hook for name, hook in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("burnish_")]
+    return "\n\n".join(_hook(hook) for hook in sorted(found, key=lambda hook: hook.__code__.co_firstlineno))
 
 
-def _signature(name: str, hook: Callable[..., Any]) -> str:
-    signature = inspect.signature(hook)
+def _hook(hook: Callable[..., Any]) -> str:
+    parts = _docstring(hook)
+    about, called = parts["about"].split("\n\n")
+    lines = [f"* **Called** {_line(called.removeprefix('Called '))}"]
+    lines += [f"* **Takes** `{name}`: {meaning}" for name, meaning in _entries(parts.get("Args", "")).items()]
+    lines += [f"* **Returns** {_line(parts['Returns'])}"] if "Returns" in parts else []
+    lines += [f"* **Claim** {_line(parts['Claim'])}"]
+    return "\n\n".join([f"### {hook.__name__}", _signature(hook), _line(about), "\n".join(lines)])
+
+
+def _docstring(owner: Any) -> dict[str, str]:
+    """A docstring's sections by name; what stands before the first is "about"."""
+    text = inspect.cleandoc(owner.__doc__ or "")
+    pieces = re.split(r"^(Args|Returns|Raises|Claim|Attributes):[ \n]", text, flags=re.MULTILINE)
+    return {"about": pieces[0].strip(), **dict(zip(pieces[1::2], pieces[2::2], strict=True))}
+
+
+def _entries(section: str) -> dict[str, str]:
+    """Name to meaning of an Args section."""
+    found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, re.MULTILINE)
+    return {name: _line(meaning) for name, meaning in found}
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    """The signature as a block of code, a parameter a line where one line is too long."""
+    signature = inspect.signature(function)
+    given = [str(parameter).replace("'", "") for parameter in signature.parameters.values()]
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    if inspect.Parameter.KEYWORD_ONLY in kinds:
+        given.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
     result = signature.return_annotation
-    return f"{name}({', '.join(signature.parameters)})" + ("" if result in (None, "None") else f" -> {result}")
+    head, tail = f"def {function.__name__}(", f") -> {result}: ..."
+    line = head + ", ".join(given) + tail
+    if len(line) > 100:
+        line = "\n".join([head, *(f"    {one}," for one in given), tail])
+    return f"```py\n{line}\n```"
+
+
+# The contract's values, in the order in which an author meets them.
+_VALUES = {
+    "Families": ("FamilySpec", "Family", "Pooling", "LoraTargets", "Packing", "Precision", "Head", "Exports", "Patch"),
+    "Backends and kernels": ("BackendSpec", "StepContext", "KernelSpec", "Needs", "Machine"),
+    "Export targets and commands": ("ExporterSpec", "ExportRequest", "CommandSpec"),
+}
+
+
+def values() -> str:
+    """Every value of the contract with each field."""
+    from burnish.core import contracts
+
+    kinds = {name: kind for name, kind in vars(contracts).items() if hasattr(kind, "__dataclass_fields__")}
+    named = [name for names in _VALUES.values() for name in names]
+    if unknown := sorted(set(kinds) ^ set(named)):
+        raise SystemExit(f"docs/generate.py: put the values {unknown} into _VALUES")
+    return "\n\n".join(
+        f"### {group}\n\n" + "\n\n".join(_value(kinds[name], named) for name in names)
+        for group, names in _VALUES.items()
+    )
+
+
+def _value(kind: type, known: Sequence[str]) -> str:
+    parts = _docstring(kind)
+    meanings = _entries(parts.get("Args", ""))
+    entries = fields(kind)  # type: ignore[arg-type]
+    if odd := sorted({entry.name for entry in entries} ^ meanings.keys()):
+        raise SystemExit(f"docs/generate.py: {kind.__name__} and its docstring differ in {odd}")
+    rows = [[f"`{entry.name}`", _type(entry.type, known), _shown(entry), meanings[entry.name]] for entry in entries]
+    methods = [
+        f"`{name}{inspect.signature(method)}`: {_line(method.__doc__)}".replace("'", "")
+        for name, method in vars(kind).items()
+        if inspect.isfunction(method) and not name.startswith("_") and method.__doc__
+    ]
+    told = [_line(paragraph) for paragraph in parts["about"].split("\n\n")]
+    return "\n\n".join([f"#### {kind.__name__}", *told, table(("Field", "Type", "Default", "Meaning"), rows), *methods])
+
+
+def _type(written: Any, known: Sequence[str]) -> str:
+    name, _, rest = str(written).partition(" | ")
+    if name in known and rest in ("", "None"):
+        return f"[`{name}`](#{name.lower()})" + (" or `None`" if rest else "")
+    return f"`{written}`"
+
+
+def _shown(entry: Any) -> str:
+    """A field's default as an author would write it."""
+    if entry.default is MISSING and entry.default_factory is MISSING:
+        return "**required**"
+    value = entry.default_factory() if entry.default is MISSING else entry.default
+    if hasattr(value, "__dataclass_fields__") and value == type(value)():
+        return f"`{type(value).__name__}()`"
+    return f"`{value.__name__ if inspect.isfunction(value) else repr(value)}`"
+
+
+def types() -> str:
+    """The names that stand for longer types in the fields, and the functions that come with the contract."""
+    from burnish.core import contracts, needs, offers
+
+    rows = []
+    for module in (contracts, needs, offers):
+        body = ast.parse(inspect.getsource(module)).body
+        for node, after in zip(body, [*body[1:], None], strict=True):
+            if not (isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias" and node.value):
+                continue
+            alias = ast.literal_eval(node.value) if isinstance(node.value, ast.Constant) else ast.unparse(node.value)
+            prose = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            about = _line(str(ast.literal_eval(after.value))) if prose else ""
+            rows.append([f"`{ast.unparse(node.target)}`", f"`{alias}`", about])
+    helpers = [
+        f"{_signature(helper)}\n\n{_line(helper.__doc__)}" for helper in (contracts.patch_all, contracts.no_patches)
+    ]
+    return "\n\n".join([table(("Name", "Stands for", "What it is"), rows), *helpers])
+
+
+def operations() -> str:
+    """Every operation that kernels implement, as its plain implementation is written."""
+    from burnish.core.contracts import KernelSpec
+    from burnish.core.registry import Failure, registry
+
+    known, found = registry(()), {}
+    for plugin in known.claimants("operation"):
+        answer = known.ask(plugin, "burnish_register_kernels", KernelSpec)
+        if not isinstance(answer, Failure):
+            found |= {spec.operation: spec.load() for spec in answer if plugin.own and spec.priority == 0}
+    return "\n\n".join(_operation(name, function) for name, function in sorted(found.items()))
+
+
+def _operation(name: str, function: Callable[..., Any]) -> str:
+    parts, module = _docstring(function), _docstring(inspect.getmodule(function))
+    rows = [[f"`{argument}`", meaning] for argument, meaning in _entries(parts["Args"]).items()]
+    missing = inspect.signature(function).parameters.keys() - _entries(parts["Args"]).keys()
+    if missing:
+        raise SystemExit(f"docs/generate.py: describe {sorted(missing)} of {function.__qualname__}")
+    told = [_line(paragraph) for paragraph in (parts["about"].split("\n\n")[0], module["about"].split("\n\n")[-1])]
+    returns = f"**Returns** {_line(parts['Returns'])}"
+    return "\n\n".join([f"### {name}", _signature(function), *told, table(("Argument", "What it is"), rows), returns])
+
+
+def checks() -> str:
+    """Every check of the conformance suite."""
+    from burnish.core.testing.suite import CHECKS
+
+    return table(("Check", "What must hold"), [[name, _line(check.__doc__ or "")] for name, check in CHECKS.items()])
+
+
+def versions() -> str:
+    """The libraries that Burnish rests on: what it allows, and between what it is tested."""
+    root = DOCS.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = [_pins(root / name) for name in ("constraints-floor.txt", "constraints.txt")]
+    rows = []
+    for line in project["dependencies"]:
+        if ";" in line:
+            continue
+        name, allowed = re.fullmatch(r"([\w-]+)(.*)", line).groups()  # type: ignore[union-attr]
+        rows.append([name, f"`{allowed}`", *(pin.get(name.replace("_", "-"), "") for pin in pins)])
+    return table(("Library", "Allowed", "Tested from", "to"), rows)
+
+
+def _pins(path: Path) -> dict[str, str]:
+    lines = re.findall(r"^([\w.-]+)==(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name.lower().replace("_", "-"): version for name, version in lines}
 
 
 def claims() -> str:
@@ -163,7 +318,9 @@ def _flag_default(flag: Any) -> str:
     return "" if flag.default in (None, False) or callable(flag.default) else f"`{flag.default}`"
 
 
-PARTS: dict[str, Callable[[], str]] = {"options": options, "hooks": hooks, "claims": claims, "commands": commands}
+PARTS: dict[str, Callable[[], str]] = {
+    part.__name__: part for part in (options, hooks, values, types, operations, claims, checks, commands, versions)
+}
 
 
 def fresh(page: str) -> str:

@@ -13,15 +13,13 @@ A block under `<!-- not run: reason -->` is left alone. Hub ids are found in a c
 from __future__ import annotations
 
 import contextlib
-import doctest
+import importlib.util
 import io
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,44 +28,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "tests" / "plugins" / "burnish-electra"
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"```(?P<kind>\w+)(?: title=\"(?P<title>[^\"]+)\")?$")
-NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
+# Run whole, by a shell and in an environment of its own, by tests/plugins/test_guide_walk.py.
+WALKED = ["docs/write-a-family.md"]
 
 
-@dataclass(frozen=True)
-class Block:
-    """One fenced block: its kind, the file it is, its text, the line it begins on, and whether it is left alone."""
-
-    kind: str
-    title: str | None
-    text: str
-    line: int
-    skipped: bool
+def load_pages() -> Any:
+    """What is shared with other tests of pages: `tests/pages.py`, which no import reaches."""
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "tests" / "pages.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def blocks(page: str) -> Iterator[Block]:
-    """The fenced blocks of a page, with the files that snippets name in their place."""
-    lines = page.splitlines()
-    start: int | None = None
-    for number, line in enumerate(lines):
-        if start is None and line.startswith("```"):
-            start = number
-        elif start is not None and line == "```":
-            match = FENCE.fullmatch(lines[start])
-            assert match, f"line {start + 1}: a block without a language, or with more than a title"
-            text = "\n".join(lines[start + 1 : number])
-            if snippet := re.fullmatch(r"--8<--\n(\S+)\n--8<--", text):
-                text = (ROOT / snippet[1]).read_text(encoding="utf-8")
-            yield Block(match["kind"], match["title"], text, start + 1, bool(NOT_RUN.fullmatch(lines[start - 1])))
-            start = None
-    assert start is None, f"line {start}: a block that does not end"
-
-
-def commands(text: str) -> Iterator[tuple[str, str]]:
-    """(command, the output under it) of a ```console block."""
-    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-        command, _, output = part.replace("\\\n", " ").partition("\n")
-        yield re.sub(r"\s#.*", "", command), output
+pages = load_pages()
 
 
 def parse(command: Any, arguments: list[str]) -> None:
@@ -98,17 +72,17 @@ def run_command(line: str, wanted: str) -> None:
         if not wanted:
             assert code == 0, heard.getvalue()
             continue
-        checker, flags = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         got = heard.getvalue()
-        assert checker.check_output(wanted, got, flags), f"the page says\n{wanted}\nand this comes out\n{got}"
+        assert pages.same(wanted, got), f"the page says\n{wanted}\nand this comes out\n{got}"
 
 
 def run_page(page: str) -> int:
     """Run the blocks of a page in the current folder; returns how many there were to run."""
     namespace: dict[str, Any] = {"__name__": "__page__"}
     count = 0
-    for block in blocks(page):
+    for block in pages.blocks(page):
         if block.title:
+            Path(block.title).parent.mkdir(parents=True, exist_ok=True)
             Path(block.title).write_text(block.text.rstrip("\n"), encoding="utf-8")
         if block.skipped or block.kind not in ("python", "console"):
             continue
@@ -117,7 +91,7 @@ def run_page(page: str) -> int:
             if block.kind == "python":
                 exec(compile(block.text, f"block at line {block.line}", "exec"), namespace)
             else:
-                for line, output in commands(block.text):
+                for line, output in pages.commands(block.text):
                     run_command(line, output)
         except BaseException as error:
             error.add_note(f"in the {block.kind} block that begins on line {block.line}")
@@ -127,29 +101,8 @@ def run_page(page: str) -> int:
 
 @pytest.fixture(scope="session")
 def hub_cache(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hub cache that holds the models the docs name: the real MiniLM, and an ELECTRA of real shape but small."""
-    from transformers import AutoTokenizer, ElectraConfig, ElectraModel
-
-    home = tmp_path_factory.mktemp("hub")
-    electra = home / "electra"
-    tokenizer = AutoTokenizer.from_pretrained(str(minilm))
-    config = ElectraConfig(
-        vocab_size=len(tokenizer),
-        embedding_size=16,
-        hidden_size=32,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    )
-    ElectraModel(config).save_pretrained(electra)
-    tokenizer.save_pretrained(electra)
-    known = {"sentence-transformers/all-MiniLM-L6-v2": minilm, "google/electra-small-discriminator": electra}
-    for name, source in known.items():
-        folder = home / "hub" / f"models--{name.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("0" * 40)
-        (folder / "snapshots").mkdir()
-        (folder / "snapshots" / ("0" * 40)).symlink_to(source, target_is_directory=True)
+    """A Hub cache that holds the models the docs name."""
+    home: Path = pages.hub(tmp_path_factory.mktemp("hub"), minilm)
     return home
 
 
@@ -177,7 +130,7 @@ def environment(hub_cache: Path, **changed: str) -> dict[str, str]:
     return {**os.environ, "HF_HOME": str(hub_cache), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **changed}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in WALKED])
 def test_a_page_does_what_it_says(page: str, hub_cache: Path, plugin_site: Path, tmp_path: Path) -> None:
     path = str(plugin_site) if page == "docs/plugins.md" else ""
     path = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
@@ -227,7 +180,7 @@ def test_a_page_that_is_right_passes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_docs_hold_something_to_run() -> None:
-    kinds = [block.kind for page in PAGES for block in blocks((ROOT / page).read_text(encoding="utf-8"))]
+    kinds = [block.kind for page in PAGES for block in pages.blocks((ROOT / page).read_text(encoding="utf-8"))]
     assert kinds.count("python") >= 10 and kinds.count("console") >= 15
 
 

@@ -89,16 +89,22 @@ def from_sdist(source: Path, folder: Path) -> Site:
     return Site(Path(sys.executable), folder / "site")
 
 
-def editable(source: Path, folder: Path) -> Site:
-    """`pip install -e` in an environment of its own that is layered on this one."""
+def layered(folder: Path) -> Site:
+    """An environment of its own below `folder` that sees, beside its own, what is installed in this one."""
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     python = folder / "venv" / "bin" / "python"
     purelib = sysconfig.get_path("purelib", vars={"base": str(folder / "venv"), "platbase": str(folder / "venv")})
     # addsitedir, unlike a plain line, also reads the .pth files of what is installed in this environment.
     lines = [f"import site; site.addsitedir({sysconfig.get_path(name)!r})" for name in ("purelib", "platlib")]
     (Path(purelib) / "layer.pth").write_text("\n".join(lines) + "\n")
-    pip("install", "--no-deps", "--no-build-isolation", "--editable", source, python=python)
     return Site(python, Path(purelib))
+
+
+def editable(source: Path, folder: Path) -> Site:
+    """`pip install -e` in an environment of its own that is layered on this one."""
+    site = layered(folder)
+    pip("install", "--no-deps", "--no-build-isolation", "--editable", source, python=site.python)
+    return site
 
 
 WAYS: dict[str, Callable[[Path, Path], Site]] = {"wheel": from_wheel, "sdist": from_sdist, "editable": editable}
@@ -121,6 +127,13 @@ def together(sources: Iterable[Path], folder: Path) -> Site:
 def install_together() -> Callable[[Iterable[Path], Path], Site]:
     """`together`, for tests that make their own distributions."""
     return together
+
+
+@pytest.fixture(scope="session")
+def own_environment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, dict[str, str]]:
+    """An environment with Burnish that can be installed into, and a process's variables to work in it."""
+    site = layered(tmp_path_factory.mktemp("own"))
+    return site, environment()
 
 
 @pytest.fixture(scope="session")

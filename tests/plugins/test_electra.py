@@ -57,8 +57,9 @@ def test_an_electra_trains(report: dict[str, Any]) -> None:
     trained = report["trained"]
     assert trained["family"] == "electra of burnish-electra:electra: the only plugin that claims it"
     assert trained["pooling"].startswith("mean, normalised (default of family electra")
-    # Query, key, value and three dense layers in each of two layers, A and B; in the first step only B moves.
-    assert (trained["adapters"], trained["moved"]) == (24, 12)
+    # Query, key, value and three dense layers in each of two layers, and the projection of the embeddings: A and B of
+    # each; in the first step only B moves.
+    assert (trained["adapters"], trained["moved"]) == (26, 13)
     assert 0 < trained["loss"] < 10
     assert report["warnings"] == []
     assert report["checked"]["health"]["electra"] == "healthy" and report["checked"]["errors"] == {}

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from burnish.core import errors
+from burnish.core import contracts, errors
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -52,11 +52,44 @@ def test_a_part_that_nothing_generates_is_an_error(generate: ModuleType) -> None
         generate.fresh("<!-- generated: nonsense -->\n<!-- end: nonsense -->")
 
 
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [
+        ("| `normalize` | `bool` | `False` |", "| `normalize` | `bool` | `True` |"),  # a default
+        ("What the user passes as `backend=`.", "Whatever."),  # a field's meaning
+        ("burnish_model_saved(model: torch.nn.Module, folder: Path)", "burnish_model_saved(model)"),  # an argument
+        ("* **Claim** `exporter.TARGET` for each target.\n", ""),
+        ("    window: int | None = None,\n", ""),  # of an operation
+        ("| `PatchRule` |", "| `PatchingRule` |"),
+        ("| causal order |", "| order |"),  # a check
+    ],
+)
+def test_the_contract_and_its_page_do_not_drift_apart(said: str, instead: str, generate: ModuleType) -> None:
+    page = text(DOCS / "contract.md")
+    drifted = page.replace(said, instead)
+    assert drifted != page and generate.fresh(drifted) == page
+
+
+def test_every_part_of_the_contract_is_described(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = contracts.Packing.__doc__ or ""
+    monkeypatch.setattr(contracts.Packing, "__doc__", about.replace("causal: ", "causality: "))
+    with pytest.raises(SystemExit, match=r"Packing and its docstring differ in \['causal', 'causality'\]"):
+        generate.values()
+    monkeypatch.undo()
+    rows = re.findall(r"^\| `.*\|$", generate.types(), re.M)
+    assert len(rows) > 5 and not [row for row in rows if row.endswith("|  |")]
+
+
+def test_the_compatibility_page_speaks_of_this_contract() -> None:
+    page = text(DOCS / "compatibility.md")
+    assert f"this Burnish speaks {contracts.CONTRACT}: install versions that match" in page
+    assert contracts.CONTRACT == 1 and "**Today contract 1 is the only one**" in page
+
+
 def api_names() -> list[tuple[str, list[str]]]:
-    """(what the API page documents, the members it picks)."""
-    parts = re.findall(
-        r"^::: ([\w.]+)(?:\n    options:\n(?:      .*\n)*?      members: \[(.*)\])?", text(DOCS / "api.md"), re.M
-    )
+    """(what the API and the contract's page document, the members they pick)."""
+    pages = "".join(text(DOCS / name) for name in ("api.md", "contract.md"))
+    parts = re.findall(r"^::: ([\w.]+)(?:\n    options:\n(?:      .*\n)*?      members: \[(.*)\])?", pages, re.M)
     return [(name, [member.strip() for member in members.split(",") if member.strip()]) for name, members in parts]
 
 

@@ -1,15 +1,14 @@
 """ELECTRA for Burnish: the smallest family plugin that does everything a user sees."""
 
-from burnish.core.contracts import Family, FamilySpec, LoraTargets, Packing, Pooling
+from burnish.core.contracts import Family, FamilySpec, Packing, Pooling
 from burnish.core.hookspecs import hookimpl
 
 
 def build(config):
-    """Say how this config is pooled, adapted and packed."""
+    """Say how this config is pooled and packed; LoRA adapts every linear layer."""
     return Family(
         name="electra",
         pooling=Pooling(mode="mean", normalize=True),
-        lora=LoraTargets(names=("query", "key", "value", "dense")),
         packing=Packing(position_offset=0),
     )
 
