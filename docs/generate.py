@@ -151,10 +151,9 @@ def _value(kind: type, known: Sequence[str]) -> str:
 
 
 def _type(written: Any, known: Sequence[str]) -> str:
-    name, _, rest = str(written).partition(" | ")
-    if name in known and rest in ("", "None"):
-        return f"[`{name}`](#{name.lower()})" + (" or `None`" if rest else "")
-    return f"`{written}`"
+    """A type in words where it is one of several: a bar ends a table's cell, and shows its escape in code."""
+    names = str(written).split(" | ")
+    return " or ".join(f"[`{name}`](#{name.lower()})" if name in known else f"`{name}`" for name in names)
 
 
 def _shown(entry: Any) -> str:
@@ -180,7 +179,7 @@ def types() -> str:
             alias = ast.literal_eval(node.value) if isinstance(node.value, ast.Constant) else ast.unparse(node.value)
             prose = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             about = _line(str(ast.literal_eval(after.value))) if prose else ""
-            rows.append([f"`{ast.unparse(node.target)}`", f"`{alias}`", about])
+            rows.append([f"`{ast.unparse(node.target)}`", _type(alias, ()), about])
     helpers = [
         f"{_signature(helper)}\n\n{_line(helper.__doc__)}" for helper in (contracts.patch_all, contracts.no_patches)
     ]
