@@ -78,7 +78,7 @@ class Facts:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from logging what a model or config does not take: here that is the answer, and is told as one."""
+    """Keep transformers from logging what a model or config does not take: here that is the answer, and is told."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

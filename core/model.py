@@ -26,7 +26,7 @@ from .files import atomic_folder
 from .inputs import prompt_notes, texts_as_they_are
 from .loading import Decision, Repository, check_length, decide, has_transformer, read_repository
 from .options import LoadOptions, model_kwargs_dtype
-from .packing import POOLS_PACKED_PROMPTS, padded
+from .packing import POOLS_PACKED_PROMPTS, padded, pool_in_float32
 from .precision import PrecisionChoice
 from .preparation import Preparation, attention_name, describe_pooling, prepare, set_checkpointing
 from .provenance import Provenance, write
@@ -162,6 +162,9 @@ class SentenceTransformer(Stock):
             self.max_seq_length = self.check_max_seq_length(options.max_seq_length)
         self.burnish = prepare(self._first_module(), self.transformers_model, decision)
         self.burnish.pooling = describe_pooling(self, self._pooling_source)
+        for module in self.children() if self.burnish.packed else ():
+            if isinstance(module, PoolingModule):
+                pool_in_float32(module)
         if options.purpose != "inference":
             if decision.base is not None:
                 self.burnish.notes += [("after pooling", line) for line in freeze_after_pooling(self, frozenset())]

@@ -33,6 +33,10 @@ PACKED_KEYS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_
 # is the prompt's, and a text cut shorter than the prompt shortens it for the whole batch.
 POOLS_PACKED_PROMPTS = Version(sentence_transformers.__version__) >= Version("6.2")
 
+# Before 6.2 it also adds up packed tokens in the dtype they have: in bfloat16 the mean of a text of 128 tokens is off
+# by four times what padded input gives (H100, BERT of 768; 0.86 against 0.23 in the norm of the error).
+POOLS_PACKED_HALVES = POOLS_PACKED_PROMPTS
+
 # Losses of Sentence Transformers that read a batch of token ids as rows of texts, or hand it to a model that would.
 PADDED_LOSSES = {
     "GISTEmbedLoss": "it hands the tokens to its guide model",
@@ -123,6 +127,30 @@ def name_attention(model: Any, name: str) -> None:
         model.set_attn_implementation(name)
     else:
         model.config._attn_implementation_internal = name
+
+
+def pool_in_float32(module: nn.Module) -> None:
+    """Have a Pooling module add up packed 16-bit tokens in float32, where Sentence Transformers itself does not.
+
+    Two hooks, which are saved nowhere and do nothing on padded or float32 input.
+    """
+    if not POOLS_PACKED_HALVES:
+        module.register_forward_pre_hook(_widen)
+        module.register_forward_hook(_narrow)
+
+
+def _widen(module: nn.Module, arguments: tuple[dict[str, Any], ...]) -> None:
+    features = arguments[0]
+    tokens = features["token_embeddings"]
+    if "cu_seq_lens_q" in features and tokens.dtype in (torch.float16, torch.bfloat16):
+        features["token_embeddings"], features["narrow_tokens"] = tokens.float(), tokens
+
+
+def _narrow(module: nn.Module, arguments: tuple[Any, ...], features: dict[str, Any]) -> None:
+    tokens = features.pop("narrow_tokens", None)
+    if tokens is not None:
+        features["token_embeddings"] = tokens
+        features["sentence_embedding"] = features["sentence_embedding"].to(tokens.dtype)
 
 
 @contextmanager
