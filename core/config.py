@@ -81,6 +81,9 @@ class RunConfig:
 
     model: Annotated[str, Option(MODEL, "Hub id or folder of the model to fine-tune")]
     revision: Annotated[Text, Option(MODEL, "Branch, tag or commit of the model")] = None
+    use_prompts: Annotated[
+        bool, Option(MODEL, "Put the model's query and document prompts, if it has them, before the texts of pairs")
+    ] = True
     trust_remote_code: Annotated[bool, Option(MODEL, "Let the model repository's own Python run")] = False
     max_seq_length: Annotated[Count, Option(MODEL, "Longest text in tokens; left out, the model's own", 1)] = None
     dtype: Annotated[DType | None, Option(MODEL, "Dtype of the weights; left out, the family's policy")] = None

@@ -51,10 +51,12 @@ def prompt_notes(model: SentenceTransformer, given: frozenset[str], *, bare: boo
     return [("prompts", f"{', '.join(names)} ({source})")]
 
 
-def unused_prompts(model: Any, arguments: Any) -> str | None:
-    """What to say of a run whose model has prompts while the run puts none before its texts; None if all is well."""
+def said_of_prompts(model: Any, arguments: Any) -> str | None:
+    """Which prompts a run puts before its texts, or that it puts none and the model has some; None if it has none."""
     names = [name for name, text in (getattr(model, "prompts", None) or {}).items() if text]
-    if not names or getattr(arguments, "prompts", None):
+    if given := getattr(arguments, "prompts", None):
+        return f"prompts before the training texts: {given!r}"
+    if not names:
         return None
     fix = "TrainingArguments(prompts={column: text}) puts one before each text of a column"
     return f"the model's prompts ({', '.join(names)}) are not put before the training texts; {fix}"

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from .contracts import StepContext
 from .errors import ModelError
-from .inputs import unused_prompts
+from .inputs import said_of_prompts
 from .model import Preparation, SentenceTransformer
 from .packing import needs_padding
 
@@ -65,7 +65,7 @@ class Trainer(StockTrainer):
         if preparation is None:
             return
         self._fit_input(preparation)
-        if note := unused_prompts(self.model, self.args):
+        if note := said_of_prompts(self.model, self.args):
             print(f"burnish: {note}", file=sys.stderr)
         if preparation.decision.registry.claimants("observer", "step_finished"):
             self.add_callback(_Observers(preparation))

@@ -32,12 +32,14 @@ class TrainingSet:
         dataset: The columns in loss order.
         loss: A Sentence Transformers loss by name.
         summary: One line for the user.
+        kind: What the columns are: "pairs", "scored", …
         skipped: How many bad rows were left out, and `reasons` (reason, how many) for them, the most frequent first.
     """
 
     dataset: datasets.Dataset
     loss: str
     summary: str
+    kind: str = PAIRS
     skipped: int = 0
     reasons: tuple[tuple[str, int], ...] = ()
 
@@ -92,6 +94,7 @@ def _column_set(config: RunConfig) -> tuple[TrainingSet, str, int]:
         dataset=loaded.dataset,
         loss=config.loss or default_loss(kind),
         summary=loaded.summary(),
+        kind=kind,
         skipped=loaded.num_skipped,
         reasons=loaded.skipped_counts,
     )
@@ -133,7 +136,7 @@ def train(config: RunConfig, model: SentenceTransformer, data: TrainingSet, fold
         )
     trainer = Trainer(
         model=model,
-        args=_arguments(config, model, folder),
+        args=_arguments(config, model, folder, pair_prompts(config, model, data)),
         train_dataset=data.dataset,
         loss=find_loss(data.loss)(model),
         callbacks=[_rotation(folder)],
@@ -156,7 +159,18 @@ def has_adapter(model: SentenceTransformer) -> bool:
     return bool(getattr(model.transformers_model, "_hf_peft_config_loaded", False))
 
 
-def _arguments(config: RunConfig, model: SentenceTransformer, folder: Path) -> Any:
+def pair_prompts(config: RunConfig, model: SentenceTransformer, data: TrainingSet) -> dict[str, str]:
+    """The model's own prompts by column, as `encode_query` and `burnish eval` put them: the query's before the first
+    text of a pair, the document's before the others. None for other data, which has no queries."""
+    if not config.use_prompts or data.kind != PAIRS:
+        return {}
+    first, *others = data.dataset.column_names
+    query, document = (model.prompts.get(name) or "" for name in ("query", "document"))
+    chosen = {first: query, **dict.fromkeys(others, document)}
+    return {column: text for column, text in chosen.items() if text}
+
+
+def _arguments(config: RunConfig, model: SentenceTransformer, folder: Path, prompts: dict[str, str]) -> Any:
     import torch
 
     from .trainer import TrainingArguments
@@ -177,6 +191,7 @@ def _arguments(config: RunConfig, model: SentenceTransformer, folder: Path) -> A
         bf16=kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
         use_cpu=kind == "cpu",
         report_to="none",
+        prompts=prompts or None,
         dataloader_pin_memory=kind == "cuda",
     )
 

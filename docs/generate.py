@@ -261,6 +261,37 @@ _CLAIMS = {
 }  # fmt: skip
 
 
+def families() -> str:
+    """What each built-in family says of its sample config."""
+    from burnish.core.contracts import FamilySpec
+    from burnish.core.registry import Failure, registry
+
+    known, rows = registry(()), []
+    for plugin in known.claimants("model_type"):
+        specs = known.ask(plugin, "burnish_register_families", FamilySpec)
+        for spec in () if isinstance(specs, Failure) else specs:
+            assert spec.sample is not None
+            family = spec.build(spec.sample("tiny"))
+            rows.append([f"`{spec.name}`", ", ".join(f"`{kind}`" for kind in spec.model_types), *_settled(family)])
+    headings = ("Family", "Model types", "Default pooling", "LoRA on", "Packed", "Dtypes", "Heads", "Prompts")
+    return table(headings, rows)
+
+
+def _settled(family: Any) -> list[str]:
+    normal = ", normalised" if family.pooling.normalize else ""
+    order = "causal" if family.packing.causal else "both ways"
+    windows = ", windows" if family.packing.sliding_window else ""
+    refused = "; ".join(f"never {dtype}" for dtype in family.precision.refused) or "any"
+    return [
+        f"{family.pooling.mode}{normal}",
+        ", ".join(family.lora.names),
+        f"{order}{windows}, positions from {family.packing.position_offset}",
+        refused,
+        ", ".join(f"{task}: {head.reads} token" for task, head in family.heads.items()),
+        ", ".join(name for name, text in family.prompts.items() if text) or "none",
+    ]
+
+
 def commands() -> str:
     """Every command of the program with its arguments and options."""
     import typer.main
@@ -318,7 +349,8 @@ def _flag_default(flag: Any) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (options, hooks, values, types, operations, claims, checks, commands, versions)
+    part.__name__: part
+    for part in (options, hooks, values, types, operations, claims, checks, families, commands, versions)
 }
 
 

@@ -57,7 +57,7 @@ RIGHT: dict[type, dict[str, Any]] = {
     Exports: {"gguf": "bert", "refused": {"onnx": "comes out wrong"}},
     Patch: {"path": "encoder.0", "old": Old, "new": New, "why": "faster"},
     Needs: {"devices": ("cuda",), "compute_capability": (8, 0), "dtypes": ("bfloat16",), "packages": ("triton",)},
-    Family: {"name": "electra", "packing": Packing(), "heads": {"sequence-classification": Head(reads="first", logits=nothing)}},
+    Family: {"name": "electra", "packing": Packing(), "heads": {"text-generation": Head(reads="last", logits=nothing)}},
     FamilySpec: {"name": "electra", "model_types": ("electra", "data2vec-text"), "build": nothing},
     BackendSpec: {"name": "fused", "summary": "fast", "build_step": nothing, "priority": 5},
     KernelSpec: {"operation": "layer_norm", "name": "triton", "load": nothing},
