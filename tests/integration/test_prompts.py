@@ -12,8 +12,9 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from burnish import FastSentenceTransformer, Trainer, TrainingArguments
+from burnish.core.columns import PAIRS
 from burnish.core.config import RunConfig
-from burnish.core.training import PAIRS, TrainingSet, pair_prompts
+from burnish.core.training import TrainingSet, pair_prompts
 
 PROMPTS = {"query": "look for: ", "document": "", "other": "x"}
 

@@ -68,6 +68,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "packed": ("auto", "true or false"),
     "plugins": ("mine", "a list of texts"),
     "trust_remote_code": (1, "true or false"),
+    "use_prompts": ("query", "true or false"),
     "revision": (1, "text"),
 }
 
