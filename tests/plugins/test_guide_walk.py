@@ -181,7 +181,8 @@ def test_a_page_that_lies_is_seen(page: str, anyone: Terminal) -> None:
 def test_a_page_that_is_right_passes(anyone: Terminal) -> None:
     page = (
         f'{FILE}```diff title="notes.txt"\n one\n-two\n+2\n+2.5\n@@\n-three\n+3\n```\n\n'
-        "```console\n$ cat notes.txt\n...\none\n2\n...\n3\n...\n$ mkdir sub && cd sub\n$ cat ../notes.txt | wc -l  # lines\n4\n"
+        "```console\n$ cat notes.txt\n...\none\n2\n...\n3\n...\n"
+        "$ mkdir sub && cd sub\n$ cat ../notes.txt | wc -l  # lines\n4\n"
         "$ cat \\\n    gone.txt; echo 'error: no   gone.txt' && exit 2\n...\nerror: no gone.txt\n```\n\n"
         "```python\nfrom pathlib import Path\n\nPath('made').touch()\n```\n\n"
         "```console\n$ ls\nmade\n```\n\n<!-- not run: it would go too far -->\n```console\n$ rm made\n```\n"
