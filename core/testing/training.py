@@ -175,11 +175,14 @@ def trainer(subject: Subject) -> str:
     mine, loss = _train(subject, Trainer, subject.ours(), subject.folder / "run-ours")
     stock, reference = _train(subject, SentenceTransformerTrainer, subject.plain(), subject.folder / "run-plain")
     assert len(reference) == 4 and reference[0] - reference[-1] > 1e-3, f"the losses do not fall: {reference}"
-    # AdamW divides by the gradient's own size: an error in a gradient that is all but nothing moves a weight in full.
     apart = max(abs(one - other) / abs(other) for one, other in zip(loss, reference, strict=True))
     assert apart <= 100 * subject.tolerance, f"losses {loss} against {reference}"
-    error = compare_outputs(mine, stock, 1000 * subject.tolerance, "the embeddings after training")
+    error = compare_outputs(mine, stock, 100 * subject.tolerance, "the embeddings after training")
     return f"losses {apart:.0e}, embeddings after it {error:.0e}"
+
+
+# At which the losses of random tiny models fall, and stay finite for those of published size.
+RATE = 2e-3
 
 
 def _train(subject: Subject, kind: Any, model: Any, folder: Path) -> tuple[torch.Tensor, list[float]]:
@@ -191,8 +194,10 @@ def _train(subject: Subject, kind: Any, model: Any, folder: Path) -> tuple[torch
     pairs = Dataset.from_dict(
         {"anchor": [words(3 + n % 5, n) for n in range(16)], "positive": [words(9 + n % 7, n + 3) for n in range(16)]}
     )
+    # Plain gradient descent without clipping: Adam and a clipped norm would hide a gradient of the wrong size.
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=8, learning_rate=3e-3, logging_steps=1,
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=8, learning_rate=RATE, logging_steps=1,
+        optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant",
         report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=subject.device == "cpu", seed=11,
     )  # fmt: skip
     with quietly():

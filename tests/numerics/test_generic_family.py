@@ -15,6 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Pretrai
 from burnish import BurnishError, FastSentenceTransformer
 from burnish.core.errors import ConfigError, ModelError
 
+# DeBERTa-v3's module in transformers 5.17 calls torch.jit.script when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 TEXTS = ["hello world", "a", "", "日本語のテキスト", "one more sentence, of middling length, " * 12]
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 

@@ -194,3 +194,10 @@ def tiny_electra(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     ElectraModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def watchful(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The distribution with a backend and a kernel, installed from its wheel; its sources lie beside the site."""
+    folder = tmp_path_factory.mktemp("watchful")
+    return from_wheel(copied(HERE / "burnish-watchful", folder), folder)
