@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,24 @@ from .contracts import Machine
 if TYPE_CHECKING:
     import torch
 
+# Looked for at once, and told; any other package that a plugin needs is looked up when it is asked for.
 OPTIONAL = ("triton", "bitsandbytes", "flash-attn", "kernels", "liger-kernel")
+
+
+class Installed(Mapping[str, str]):
+    """Installed version by package: of any package that is asked for, listing the optional ones that are there."""
+
+    def __getitem__(self, name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError as error:
+            raise KeyError(name) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(packages())
+
+    def __len__(self) -> int:
+        return len(packages())
 
 
 def packages(names: tuple[str, ...] = OPTIONAL) -> dict[str, str]:
@@ -38,4 +56,4 @@ def describe(device: torch.device | str) -> Machine:
         dtypes |= {"bfloat16"} if capability >= (8, 0) else set()
     elif kind in ("mps", "xpu", "npu"):
         dtypes |= {"float16", "bfloat16"}
-    return Machine(device=kind, compute_capability=capability, dtypes=frozenset(dtypes), packages=packages())
+    return Machine(device=kind, compute_capability=capability, dtypes=frozenset(dtypes), packages=Installed())

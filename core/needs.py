@@ -22,8 +22,8 @@ class Machine:
         device: "cpu", "cuda", "mps", … without an index.
         compute_capability: CUDA's, such as (9, 0) for an H100; None elsewhere.
         dtypes: What the device computes in at speed.
-        packages: Installed version of each optional package that is there, of triton, bitsandbytes, flash-attn, kernels
-            and liger-kernel.
+        packages: Installed version of any package that is asked for. Listed are triton, bitsandbytes, flash-attn,
+            kernels and liger-kernel, where they are there.
     """
 
     device: str
@@ -40,7 +40,7 @@ class Needs:
         devices: It runs on one of these only, such as ("cuda",).
         compute_capability: The least that a CUDA device must have.
         dtypes: What the device must compute in at speed, all of them.
-        packages: What must be installed, all of them; of the packages that a `Machine` knows of.
+        packages: What must be installed, all of them.
     """
 
     devices: tuple[str, ...] = ()

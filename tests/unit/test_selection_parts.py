@@ -244,3 +244,14 @@ def test_a_strangers_exporter_takes_ours_place_only_when_it_is_named(install: In
     install("usurper", "exporter.merged", code=exporter("merged"))
     assert exporters(registry())["merged"][0].own
     assert exporters(registry(["usurper"]))["merged"][0].name == "usurper"
+
+
+def test_any_package_that_is_needed_is_looked_up() -> None:
+    from burnish.core.contracts import Needs
+    from burnish.core.machine import describe
+
+    machine = describe("cpu")
+    assert Needs(packages=("pluggy", "torch")).missing(machine) is None
+    assert Needs(packages=("pluggy", "no-such-package")).missing(machine) == "needs the package no-such-package"
+    assert set(machine.packages) <= {"triton", "bitsandbytes", "flash-attn", "kernels", "liger-kernel"}
+    assert machine.packages["pluggy"] and len(machine.packages) == len(list(machine.packages))
