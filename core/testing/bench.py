@@ -23,7 +23,7 @@ from .find import offers
 from .subject import Subject, embed, quietly
 from .tokenizer import words
 
-HEADINGS = ("family", "arm", "ms a step", "fastest to slowest", "times as fast", "peak MiB")
+HEADINGS = ("family", "arm", "longest text", "ms a step", "fastest to slowest", "times as fast", "peak MiB")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Setting:
         size: Which of the family's sample configs.
         lora: Rank of the adapter, or 0 for full fine-tuning.
         batch: Pairs in a batch.
-        length: Longest text in tokens; lengths are spread between an eighth of it and all of it.
+        length: Longest text in tokens, cut at the model's positions; lengths go from an eighth of it to all of it.
         steps: Timed steps of each arm, after two that are not.
         packed: Whether Burnish's arm packs its input, where the family can.
     """
@@ -86,7 +86,8 @@ def _family(
         raise ConfigError("has no sample config", where=f"family {spec.name}", fix=fix)
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as folder:
         ours, plain = _arms(spec, plugins, setting, Path(folder))
-        batch = _batch(setting)
+        longest = _cut(ours, plain, setting.length)
+        batch = _batch(setting.batch, longest)
         arms = {"transformers": _step(plain, batch), f"burnish {plugin.label}": _step(ours, batch)}
         times: dict[str, list[float]] = {arm: [] for arm in arms}
         peaks: dict[str, float] = {}
@@ -97,14 +98,22 @@ def _family(
                     times[arm].append(seconds)
                     peaks[arm] = max(peaks.get(arm, 0.0), peak)
     stock = statistics.median(times["transformers"])
-    return [_row(spec.name, arm, found, stock, peaks[arm]) for arm, found in times.items()]
+    return [(spec.name, arm, f"{longest} tokens", *_row(found, stock, peaks[arm])) for arm, found in times.items()]
 
 
-def _row(family: str, arm: str, times: list[float], stock: float, peak: float) -> tuple[str, ...]:
+def _cut(ours: Any, plain: Any, length: int) -> int:
+    """Let both models take texts of `length` tokens, or of as many as they have positions for; returns how many."""
+    positions = getattr(ours.config, "max_position_embeddings", None) or length
+    longest = min(length, positions - ours._first_module()._infer_flatten_position_offset())
+    ours.max_seq_length = plain.max_seq_length = longest
+    return int(longest)
+
+
+def _row(times: list[float], stock: float, peak: float) -> tuple[str, ...]:
     middle = statistics.median(times)
     span = f"{min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}"
     memory = f"{peak / 2**20:.0f}" if peak else "not measured on a CPU"
-    return family, arm, f"{middle * 1e3:.1f}", span, f"{stock / middle:.2f}", memory
+    return f"{middle * 1e3:.1f}", span, f"{stock / middle:.2f}", memory
 
 
 def _arms(spec: FamilySpec, plugins: tuple[str, ...] | None, setting: Setting, folder: Path) -> tuple[Any, Any]:
@@ -136,11 +145,11 @@ def _arms(spec: FamilySpec, plugins: tuple[str, ...] | None, setting: Setting, f
     return ours.train(), plain.train()
 
 
-def _batch(setting: Setting) -> list[str]:
+def _batch(pairs: int, longest: int) -> list[str]:
     """Anchors, then positives: lengths spread evenly from an eighth of the longest, in no order."""
-    count = 2 * setting.batch
-    short = max(setting.length // 8, 1)
-    lengths = [short + (setting.length - short) * place // max(count - 1, 1) for place in range(count)]
+    count = 2 * pairs
+    short = max(longest // 8, 1)
+    lengths = [short + (longest - short) * place // max(count - 1, 1) for place in range(count)]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     return [words(max(lengths[place] - 2, 1), place) for place in order]
 
