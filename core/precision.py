@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .contracts import Machine, Precision
@@ -63,9 +63,7 @@ def choose_precision(
         ConfigError: If the settings contradict each other, or quantised storage cannot be had here.
     """
     _check_sixteen_bit(options, checkpoint)
-    choice = _asked(options, machine, policy, checkpoint) or _by_policy(options, policy, machine)
-    if checkpoint is not None and choice.dtype not in (None, checkpoint):
-        choice = replace(choice, reason=f"{choice.reason}; the checkpoint is {_name(checkpoint)}")
+    choice = _asked(options, machine, policy, checkpoint) or _by_policy(options, policy, machine, checkpoint)
     if choice.dtype is not None and (name := _name(choice.dtype)) in policy.refused:
         what = f"this architecture must not run in {name}: {policy.refused[name]}"
         raise ModelError(what, where="dtype", fix="Pass dtype=None for the family's policy")
@@ -120,16 +118,22 @@ def _pure(options: LoadOptions, dtype: torch.dtype | None) -> str:
     return ", pure low-precision training: small updates round away" if pure else ""
 
 
-def _by_policy(options: LoadOptions, policy: Precision, machine: Machine) -> PrecisionChoice:
+def _by_policy(
+    options: LoadOptions, policy: Precision, machine: Machine, checkpoint: torch.dtype | None
+) -> PrecisionChoice:
+    """The policy's dtype; that the checkpoint has another one is said, since transformers would have kept it."""
     import torch
 
     if options.purpose == "inference":
         return PrecisionChoice(dtype=None, reason="inference, as Sentence Transformers loads it")
     if options.purpose == "full":
-        return PrecisionChoice(dtype=getattr(torch, policy.full), reason="master weights for full fine-tuning")
-    if (half := _half(policy, machine)) is not None:
-        return PrecisionChoice(dtype=getattr(torch, half), reason=f"frozen base under adapters on {machine.device}")
-    return PrecisionChoice(dtype=torch.float32, reason=f"adapters on {machine.device}")
+        dtype, reason = getattr(torch, policy.full), "master weights for full fine-tuning"
+    elif (half := _half(policy, machine)) is not None:
+        dtype, reason = getattr(torch, half), f"frozen base under adapters on {machine.device}"
+    else:
+        dtype, reason = torch.float32, f"adapters on {machine.device}"
+    other = "" if checkpoint in (None, dtype) else f"; the checkpoint is {_name(checkpoint)}"
+    return PrecisionChoice(dtype=dtype, reason=reason + other)
 
 
 def _quantization(kind: str, compute: torch.dtype, policy: Precision, machine: Machine) -> Any:
