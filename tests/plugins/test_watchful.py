@@ -36,7 +36,7 @@ def test_its_own_tests_pass_unchanged_where_it_is_installed(watchful: Any, tmp_p
     source = watchful.folder.parent / "burnish-watchful"
     options = ("-q", "-p", "no:cacheprovider", "--rootdir", source, "-c", source / "pyproject.toml")
     said = watchful.run("-m", "pytest", *options, source / "tests", cwd=tmp_path)
-    assert re.search(r"^6 passed in ", said, re.MULTILINE), said
+    assert re.search(r"^12 passed in ", said, re.MULTILINE), said
 
 
 def test_neither_is_used_because_it_is_installed(watched: dict[str, Any]) -> None:
