@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .contracts import Packing
+from .errors import PluginError
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -56,7 +57,7 @@ def needs_padding(loss: nn.Module) -> str | None:
     return None
 
 
-def _attention(operation: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _attention(operation: Callable[..., Tensor], owner: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """An attention function for transformers: packed where the batch is, transformers' own where it is padded."""
 
     def forward(
@@ -84,6 +85,11 @@ def _attention(operation: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
         if (bias := kwargs.get("relative_bias")) is not None:
             settings["bias"] = bias
         out = operation(*packed, bounds, int(kwargs["max_length_q"]), **settings)
+        # The model's next view would make sense of anything with as many numbers, and train on.
+        if getattr(out, "shape", None) != packed[0].shape:
+            found = f"the shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            what = f"packed_attention returned {found}, not {tuple(packed[0].shape)}"
+            raise PluginError(what, where=owner, fix="Mend or disable it")
         return out[None], None
 
     return forward
@@ -106,12 +112,18 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Te
 _known: dict[str, Callable[..., Tensor]] = {}
 
 
-def register_attention(name: str, operation: Callable[..., Tensor]) -> str:
-    """Make `operation` known to transformers, once; returns the attention name to load or set."""
+def register_attention(name: str, operation: Callable[..., Tensor], owner: str = "packed attention") -> str:
+    """Make `operation` known to transformers, once; returns the attention name to load or set.
+
+    Args:
+        name: The implementation's name.
+        operation: `packed_attention`, or what takes its place.
+        owner: How an error names whose it is.
+    """
     # "flash" in the name would make Sentence Transformers look for the flash-attn package.
     full = f"burnish_packed_{name}".replace("flash", "fa")
     if _known.get(full) is not operation:
-        AttentionInterface.register(full, _attention(operation))
+        AttentionInterface.register(full, _attention(operation, owner))
         AttentionMaskInterface.register(full, _mask)
         _known[full] = operation
     return full

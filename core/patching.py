@@ -138,7 +138,7 @@ def _refuse_meeting(claims: Iterable[Claim]) -> None:
     for claim in claims:
         path = claim.patch.path
         if path in taken:
-            raise _meeting(taken[path], claim, f"the module {path}")
+            raise _meeting(taken[path], claim, f"the module {path}" if path else "the model itself")
         taken[path] = claim
     for path, claim in taken.items():
         parts = path.split(".")

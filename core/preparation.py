@@ -118,7 +118,8 @@ def attention_name(decision: Decision) -> str:
     """The name under which transformers knows the chosen attention; made known if it is not yet."""
     if decision.attention is None:
         return ""
-    return register_attention(decision.attention.spec.name, decision.attention.load())
+    kernel = decision.attention
+    return register_attention(kernel.spec.name, kernel.load(), f"kernel {kernel.spec.name} of {kernel.plugin.label}")
 
 
 def _keep_float32(transformer: PreTrainedModel, suffixes: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
@@ -11,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pluggy
 
-from . import checks, contracts, hookspecs, offers
+from . import hookspecs
 from .contracts import BackendSpec, CommandSpec, ExporterSpec, FamilySpec, KernelSpec
 from .discovery import CAPABILITIES, Plugin, find, installed, under_policy
 from .errors import BurnishError, PluginError
@@ -189,8 +191,8 @@ def _shared_modules() -> int:
 
 
 def _place(error: BaseException) -> str:
-    """Where a plugin's own code raised: the innermost frame that is neither the import system's nor the contract's."""
-    ours = (__file__, contracts.__file__, offers.__file__, checks.__file__, "<string>", "<frozen ")
+    """Where a plugin's own code raised: the innermost frame that is neither the import system's nor core's."""
+    ours = (str(Path(__file__).parent) + os.sep, "<string>", "<frozen ")
     machinery = ("importlib", "pluggy")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         folders = frame.filename.replace("\\", "/").split("/")

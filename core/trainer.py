@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .contracts import StepContext
-from .errors import ModelError
+from .errors import ModelError, PluginError
 from .inputs import said_of_prompts
 from .model import Preparation, SentenceTransformer
 from .packing import needs_padding
 
 if TYPE_CHECKING:
+    from .choices import BackendChoice
     from .contracts import Step
 
 
@@ -132,7 +133,24 @@ class Trainer(StockTrainer):
             model=self.model, family=decision.family.family, machine=decision.machine, arguments=self.args, eager=eager
         )
         built: Step = decision.backend.build_step(context)
-        return built
+        return built if built is eager else _checked(built, decision.backend)
+
+
+def _checked(step: Step, choice: BackendChoice) -> Step:
+    """A backend's step, with what it returns looked at: the loop adds losses up, whatever they are."""
+
+    def checked(model: nn.Module, batch: Mapping[str, Any], items: Any) -> Tensor:
+        loss: object = step(model, batch, items)
+        if isinstance(loss, Tensor) and loss.dim() == 0 and not loss.requires_grad:
+            return loss
+        found = f"a {type(loss).__name__}"
+        if isinstance(loss, Tensor):
+            found = f"a tensor of the shape {tuple(loss.shape)}{' with a graph' if loss.requires_grad else ''}"
+        what = f"its step returned {found}, not the loss, detached, as a tensor of the shape ()"
+        where = f"backend {choice.spec.name} of {choice.plugin.label}"
+        raise PluginError(what, where=where, fix="Mend it, or choose another backend")
+
+    return checked
 
 
 def _check_trainable(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from ..discovery import Plugin
 from ..errors import ConfigError
 from ..fast import FastSentenceTransformer
 from ..registry import registry
-from .find import offers
+from .find import offers, sampled
 from .subject import Subject, embed, quietly
 from .tokenizer import words
 
@@ -85,7 +85,8 @@ def _family(
         fix = "Pass --model, or give the family a sample: FamilySpec(sample=…)"
         raise ConfigError("has no sample config", where=f"family {spec.name}", fix=fix)
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as folder:
-        ours, plain = _arms(spec, plugins, setting, Path(folder))
+        config = None if setting.model is not None else sampled(plugin, spec, setting.size)
+        ours, plain = _arms(config, plugins, setting, Path(folder))
         longest = _cut(ours, plain, setting.length)
         batch = _batch(setting.batch, longest)
         arms = {"transformers": _step(plain, batch), f"burnish {plugin.label}": _step(ours, batch)}
@@ -116,8 +117,9 @@ def _row(times: list[float], stock: float, peak: float) -> tuple[str, ...]:
     return f"{middle * 1e3:.1f}", span, f"{stock / middle:.2f}", memory
 
 
-def _arms(spec: FamilySpec, plugins: tuple[str, ...] | None, setting: Setting, folder: Path) -> tuple[Any, Any]:
-    """(Burnish's model, the plain one), both in float32 on the device, both adapted or both in full."""
+def _arms(config: Any, plugins: tuple[str, ...] | None, setting: Setting, folder: Path) -> tuple[Any, Any]:
+    """(Burnish's model, the plain one), both in float32 on the device, both adapted or both in full: of the setting's
+    model, or of random weights for `config`."""
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer
 
@@ -130,8 +132,7 @@ def _arms(spec: FamilySpec, plugins: tuple[str, ...] | None, setting: Setting, f
             )
         plain: Any = SentenceTransformer(setting.model, device=device, model_kwargs={"dtype": torch.float32})
     else:
-        assert spec.sample is not None
-        subject = Subject(config=spec.sample(setting.size), folder=folder, plugins=plugins, device=device)
+        subject = Subject(config=config, folder=folder, plugins=plugins, device=device)
         drops = {name: getattr(subject.config, name) for name in subject.dropouts}
         ours = subject.ours(adapters=bool(setting.lora), config_kwargs=drops, **options)
         plain = subject.plain(**drops)

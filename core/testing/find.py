@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ..contracts import BackendSpec, FamilySpec, KernelSpec
 from ..discovery import Plugin
 from ..errors import ConfigError, PluginError
-from ..registry import Failure, registry
+from ..registry import Failure, blame, registry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,7 +28,7 @@ def offers(plugin: Plugin, hook: str, kind: type[Spec], plugins: Sequence[str] |
     return answer
 
 
-def family_spec(model_type: str, plugins: Sequence[str] | None = None) -> FamilySpec:
+def family_spec(model_type: str, plugins: Sequence[str] | None = None) -> tuple[Plugin, FamilySpec]:
     """The family that claims a model type: of a plugin that is named, else a built-in, else the only one.
 
     Raises:
@@ -39,26 +39,33 @@ def family_spec(model_type: str, plugins: Sequence[str] | None = None) -> Family
     for plugin in ranked[:1]:
         for spec in offers(plugin, "burnish_register_families", FamilySpec, plugins):
             if model_type in spec.model_types:
-                return spec
+                return plugin, spec
     known = sorted({value for plugin in registry(plugins).plugins for value in plugin.values("model_type")})
     raise PluginError(f"no plugin that is on takes model type {model_type!r}", fix=f"Known: {', '.join(known)}")
 
 
-def sample_config(
-    model_type: str, plugins: Sequence[str] | None = None, spec: FamilySpec | None = None
-) -> PretrainedConfig:
-    """The tiny config that a family gives for random weights.
+def sample_config(model_type: str, plugins: Sequence[str] | None = None) -> PretrainedConfig:
+    """The tiny config that the family of a model type gives for random weights; see `sampled`."""
+    return sampled(*family_spec(model_type, plugins))
+
+
+def sampled(plugin: Plugin, spec: FamilySpec, size: Literal["tiny", "base"] = "tiny") -> PretrainedConfig:
+    """The config that a plugin's family gives for random weights.
 
     Raises:
-        ConfigError: If it gives none, or one of another type.
+        ConfigError: If it gives none.
+        PluginError: If it raises, or gives something else or one of another model type.
     """
-    spec = spec or family_spec(model_type, plugins)
-    where = f"family {spec.name}"
+    from transformers import PretrainedConfig
+
     if spec.sample is None:
         fix = "Give it one: FamilySpec(sample=…), or override `config` in the test"
-        raise ConfigError("has no sample config", where=where, fix=fix)
-    config = spec.sample("tiny")
-    if config.model_type not in spec.model_types:
-        what = f"its sample config has the model type {config.model_type!r}, which it does not take"
-        raise ConfigError(what, where=where, fix=f"Return one of {', '.join(spec.model_types)}")
+        raise ConfigError("has no sample config", where=f"family {spec.name} of {plugin.label}", fix=fix)
+    with blame(plugin, f"the {size} sample of family {spec.name}"):
+        config = spec.sample(size)
+        if not isinstance(config, PretrainedConfig):
+            raise TypeError(f"it returned a {type(config).__name__}, not a config")
+        if config.model_type not in spec.model_types:
+            types = " or ".join(spec.model_types)
+            raise ValueError(f"its model type is {config.model_type!r}, and the family takes {types}")
     return config

@@ -61,7 +61,7 @@ def _named(plugin: Plugin) -> tuple[str, ...] | None:
 
 def _families(plugin: Plugin, backend: str, only: Sequence[str]) -> Iterator[Row]:
     from . import suite
-    from .find import offers, sample_config
+    from .find import offers, sampled
     from .subject import Subject
 
     plugins = _named(plugin)
@@ -70,7 +70,7 @@ def _families(plugin: Plugin, backend: str, only: Sequence[str]) -> Iterator[Row
     for spec in offers(_again(plugin, plugins), "burnish_register_families", FamilySpec, plugins):
         if spec.fallback:
             continue
-        config = sample_config(spec.model_types[0], plugins, spec)
+        config = sampled(plugin, spec)
         with tempfile.TemporaryDirectory(prefix="burnish-check-") as folder:
             subject = Subject(config=config, folder=Path(folder), backend=backend, plugins=plugins)
             for result in suite.run(subject, only):

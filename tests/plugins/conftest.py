@@ -43,9 +43,9 @@ class Site:
         found: dict[str, Any] = json.loads(self.run(HERE / script, *arguments, cwd=runs).splitlines()[-1])
         return found
 
-    def journey(self, model: Path, module: str) -> dict[str, Any]:
+    def journey(self, model: Path, module: str, *more: str) -> dict[str, Any]:
         """What `journey.py` reports of `model` with a plugin's module watched."""
-        return self.report("journey.py", model, module)
+        return self.report("journey.py", model, module, *more)
 
 
 def environment() -> dict[str, str]:

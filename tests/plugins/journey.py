@@ -1,6 +1,7 @@
 """What the plugin tests run in an interpreter of its own: plugins are listed, asked, and a model trains with them.
 
-Usage: journey.py FOLDER MODULE: the model, and a plugin's module whose import is watched. The last line is JSON.
+Usage: journey.py FOLDER MODULE [met]: the model, a plugin's module whose import is watched, and whether the parts that
+are wrong in themselves are tried too. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 Report = dict[str, Any]
@@ -42,16 +44,33 @@ def resolved(watched: str) -> Report:
     return answers
 
 
-def trained(folder: str) -> Report:
-    """Load, adapt and train the model for one step on the CPU."""
-    import torch
+TEXTS = ["a short text", "one that is quite a bit longer than all of the others", "third", "and the last one"]
+
+
+def one_step(model: Any) -> float:
+    """The loss of one step on the CPU."""
     from datasets import Dataset  # type: ignore[import-untyped]
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from burnish import FastSentenceTransformer, Trainer, TrainingArguments
+    from burnish import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir="runs", max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
+        save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    pairs = Dataset.from_dict({"anchor": TEXTS, "positive": [text[::-1] for text in TEXTS]})
+    trainer = Trainer(model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model))
+    return float(trainer.train().training_loss)
+
+
+def trained(folder: str) -> Report:
+    """Load, adapt and train the model for one step."""
+    import torch
+
+    from burnish import FastSentenceTransformer
 
     torch.set_num_threads(1)
-    texts = ["a short text", "one that is quite a bit longer than all of the others", "third", "and the last one"]
+    texts = TEXTS
     padded = FastSentenceTransformer.from_pretrained(folder, device="cpu", packed=False)
     model = FastSentenceTransformer.from_pretrained(folder, device="cpu")
     assert model.burnish is not None
@@ -59,13 +78,7 @@ def trained(folder: str) -> Report:
     rows = [len(one.preprocess(texts)["input_ids"]) for one in (model, padded)]
     FastSentenceTransformer.get_peft_model(model, r=4)
     adapters = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    arguments = TrainingArguments(
-        output_dir="runs", max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
-        save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    pairs = Dataset.from_dict({"anchor": texts, "positive": [text[::-1] for text in texts]})
-    trainer = Trainer(model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model))
-    loss = trainer.train().training_loss
+    loss = one_step(model)
     moved = sum(not torch.equal(adapters[name], value) for name, value in model.named_parameters() if name in adapters)
     decision = model.burnish.decision
     return {
@@ -77,7 +90,7 @@ def trained(folder: str) -> Report:
         "rows": rows,
         "apart": float((embeddings[0] - embeddings[1]).abs().max()),
         "size": float(embeddings[1].abs().max()),
-        "loss": float(loss),
+        "loss": loss,
         "adapters": len(adapters),
         "moved": moved,
     }
@@ -106,7 +119,46 @@ def checked() -> Report:
     return {"health": {row[0]: row[-1] for row in rows}, "broken": broken, "errors": errors}
 
 
-def main(folder: str, watched: str) -> Report:
+def met(folder: str) -> Report:
+    """What a user meets who asks for a part that is wrong in itself, and whether the model is as before afterwards."""
+    import torch
+    from transformers import ElectraConfig
+
+    from burnish import FastSentenceTransformer
+    from burnish.core.doctor import explain
+    from burnish.core.errors import BurnishError
+    from burnish.core.testing.report import check_distribution
+
+    def load(**options: Any) -> Any:
+        return FastSentenceTransformer.from_pretrained(folder, device="cpu", full_finetuning=True, **options)
+
+    def check(model_type: str) -> None:
+        from burnish.core.testing.find import sample_config
+
+        sample_config(model_type)
+
+    ElectraConfig(num_hidden_layers=1).save_pretrained("electra")
+    before = load().encode(TEXTS, convert_to_tensor=True)
+    attempts: dict[str, Callable[[], Any]] = {
+        "a sample that raises": lambda: check_distribution("sampler", only=["state dict"]),
+        "a sample of another type": lambda: check("sampler_other"),
+        "a patch over a built-in's": lambda: load(plugins=["patcher"]),
+        "a patch of the model's name": lambda: explain("electra", device="cpu"),
+        "a kernel's wrong shape": lambda: load(plugins=["crooked"]).encode(TEXTS),
+        "a step's wrong loss": lambda: one_step(load(backend="crooked")),
+    }
+    errors: Report = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except BurnishError as error:
+            errors[name] = [str(error), error.exit_code]
+    after = load()
+    moved = float((after.encode(TEXTS, convert_to_tensor=True) - before).abs().max())
+    return {"errors": errors, "moved": moved, "loss": one_step(after), "finite": bool(torch.isfinite(before).all())}
+
+
+def main(folder: str, watched: str, *more: str) -> Report:
     """Everything, with the warnings of the time in which the model was loaded and trained."""
     report: Report = {"listed": listed(), "resolved": resolved(watched)}
     with warnings.catch_warnings(record=True) as caught:
@@ -116,6 +168,7 @@ def main(folder: str, watched: str) -> Report:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report["checked"] = checked()
+        report |= {name: {"met": met}[name](folder) for name in more}
     return report
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-NAMES = {"ahead", "garbage", "raises", "slow", "usurper", "watcher"}
+NAMES = {"ahead", "crooked", "garbage", "patcher", "raises", "sampler", "slow", "usurper", "watcher"}
 
 
 @pytest.fixture(scope="module")
 def report(hostile: Any, minilm: Path) -> dict[str, Any]:
     """The journey of the real MiniLM among them."""
-    found: dict[str, Any] = hostile.journey(minilm, "burnish_usurper")
+    found: dict[str, Any] = hostile.journey(minilm, "burnish_usurper", "met")
     return found
 
 
@@ -48,7 +48,9 @@ def test_minilm_trains_as_ever(report: dict[str, Any]) -> None:
 
 def test_a_plugin_that_claims_bert_is_passed_over_unread(report: dict[str, Any]) -> None:
     passed = report["trained"]["passed over"]
-    assert passed == {"usurper": "also claims bert; to use it, name it: plugins=['usurper']"}
+    assert passed == {
+        name: f"also claims bert; to use it, name it: plugins=[{name!r}]" for name in ("patcher", "usurper")
+    }
     assert report["resolved"]["bert"] == ["bert", "burnish:bert", False]
     assert report["checked"]["health"]["usurper"] == "healthy"
 
@@ -107,6 +109,52 @@ def test_the_check_of_all_plugins_shows_each(report: dict[str, Any]) -> None:
     assert health["watcher"].startswith("broken: OSError: nobody listens")
     assert health["ahead"].startswith("refused: is written for contract 99")
     assert health["slow"] == health["bert"] == health["reference"] == "healthy"
+
+
+def test_a_sample_that_raises_is_told(report: dict[str, Any]) -> None:
+    error, code = report["met"]["errors"]["a sample that raises"]
+    start = (
+        f"plugin {label('sampler')}: the tiny sample of family sampler_raises failed: FileNotFoundError: no such file"
+    )
+    assert error.startswith(start) and 'raise FileNotFoundError("no such file: samples.json")' in error
+    assert code == 5
+
+
+def test_a_sample_of_another_model_type_is_told(report: dict[str, Any]) -> None:
+    error, code = report["met"]["errors"]["a sample of another type"]
+    what = "ValueError: its model type is 'bert', and the family takes sampler_other. Mend or disable sampler"
+    assert error == f"plugin {label('sampler')}: the tiny sample of family sampler_other failed: {what}"
+    assert code == 5
+
+
+def test_a_patch_over_a_built_in_patch_is_refused(report: dict[str, Any]) -> None:
+    error = report["met"]["errors"]["a patch over a built-in's"]
+    assert error == [f"{label('patcher')} patches the module pooler twice. Mend or disable it", 5]
+
+
+def test_a_patch_that_would_change_what_a_config_says_is_refused(report: dict[str, Any]) -> None:
+    error, code = report["met"]["errors"]["a patch of the model's name"]
+    what = "ValueError: Patch: the transformer's own class must keep its name: set MyElectra.__name__. Mend or disable"
+    assert error.startswith(f"plugin {label('patcher')}: the patch rule of family patcher failed: {what} patcher. File")
+    assert code == 5
+
+
+def test_a_kernel_that_returns_another_shape_is_named(report: dict[str, Any]) -> None:
+    error, code = report["met"]["errors"]["a kernel's wrong shape"]
+    start = f"kernel crooked of {label('crooked')}: packed_attention returned the shape (12, "
+    assert error.startswith(start) and error.endswith(", 12, 32). Mend or disable it") and code == 5
+
+
+def test_a_step_that_returns_no_loss_is_named(report: dict[str, Any]) -> None:
+    start = f"backend crooked of {label('crooked')}: its step returned a float, not the loss, detached, as a tensor"
+    error, code = report["met"]["errors"]["a step's wrong loss"]
+    assert error.startswith(start) and error.endswith("Mend it, or choose another backend") and code == 5
+
+
+def test_after_all_that_the_model_is_what_it_was(report: dict[str, Any]) -> None:
+    met = report["met"]
+    assert len(met["errors"]) == 6 and not any("\n" in error for error, _ in met["errors"].values())
+    assert met["finite"] and met["moved"] == 0 and 0 < met["loss"] < 10
 
 
 def test_this_process_has_met_none_of_them() -> None:
