@@ -26,7 +26,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PLUGIN = ROOT / "tests" / "plugins" / "burnish-electra"
+# Pages whose commands find a plugin of somebody else's.
+PLUGINS = {
+    "docs/plugins.md": "burnish-electra",
+    "docs/replace-a-kernel.md": "burnish-watchful",
+    "docs/write-a-backend.md": "burnish-watchful",
+}
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 # Run whole, by a shell and in an environment of its own, by tests/plugins/test_guide_walk.py.
 WALKED = ["docs/write-a-family.md"]
@@ -106,16 +111,16 @@ def hub_cache(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture(scope="session")
-def plugin_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example plugin as pip would leave it: its module, and a folder of metadata beside it."""
+def plugin_site(name: str, site: Path) -> Path:
+    """A distribution of `tests/plugins` as pip would leave it: its modules, and a folder of metadata beside them."""
     import tomllib
 
-    site = tmp_path_factory.mktemp("site")
-    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (site / "burnish_electra.py").write_bytes((PLUGIN / "burnish_electra.py").read_bytes())
-    info = site / f"burnish_electra-{project['version']}.dist-info"
-    info.mkdir()
+    source = ROOT / "tests" / "plugins" / name
+    project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = site / f"{name.replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    for module in source.glob("*.py"):
+        (site / module.name).write_bytes(module.read_bytes())
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     groups = [
         f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
@@ -131,8 +136,8 @@ def environment(hub_cache: Path, **changed: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in WALKED])
-def test_a_page_does_what_it_says(page: str, hub_cache: Path, plugin_site: Path, tmp_path: Path) -> None:
-    path = str(plugin_site) if page == "docs/plugins.md" else ""
+def test_a_page_does_what_it_says(page: str, hub_cache: Path, tmp_path: Path) -> None:
+    path = str(plugin_site(PLUGINS[page], tmp_path / "site")) if page in PLUGINS else ""
     path = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
     changed = {"PYTHONPATH": path, "BURNISH_CONFIG_DIR": str(tmp_path / "config")}
     done = subprocess.run(
