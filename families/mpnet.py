@@ -192,10 +192,7 @@ def build(config: PretrainedConfig) -> Family:
             onnx=True,
             refused={"gguf": "llama.cpp has no MPNet, whose bias by distance nothing there computes"},
         ),
-        leaves=(
-            "no FlashAttention kernel takes a bias by distance: packed attention runs in a padded grid",
-            "norms, dropout and activations are transformers' own, each a pass over memory",
-        ),
+        leaves=("norms, dropout and activations are transformers' own, each a pass over memory",),
     )
 
 

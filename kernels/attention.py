@@ -5,9 +5,14 @@ T: tokens of all texts, H: query heads, G: key/value heads (H a multiple of G), 
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+# Triton has wheels for Linux alone.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def packed_attention(
@@ -157,14 +162,16 @@ def flash_packed_attention(
     """`packed_attention` by the FlashAttention-2 kernels that PyTorch carries (Dao 2023), for CUDA.
 
     `torch.nn.attention.varlen` wraps the same operator but has no dropout, so the operator itself is called. It takes
-    float16 and bfloat16 only, and no bias: float32 input and relative positions go through the plain version, exact and
-    slower.
+    float16 and bfloat16 only, and no bias: a bias goes to `biased_attention`, in Triton; float32 input without one, and
+    whatever is float64, through the plain version, exact and slower.
     """
+    arguments = (query, key, value, cu_seqlens, max_length)
+    if bias is not None and query.is_cuda and query.dtype != torch.float64 and query.shape[2] <= 256 and HAS_TRITON:
+        from .biased_attention import biased_attention
+
+        return biased_attention(*arguments, scale=scale, dropout=dropout, causal=causal, window=window, bias=bias)
     if query.dtype not in (torch.float16, torch.bfloat16) or bias is not None:
-        return packed_attention(
-            query, key, value, cu_seqlens, max_length, scale=scale, dropout=dropout, causal=causal, window=window,
-            bias=bias,
-        )  # fmt: skip
+        return packed_attention(*arguments, scale=scale, dropout=dropout, causal=causal, window=window, bias=bias)
     bounds = cu_seqlens.int()
     left = None if window is None else window - 1
     out: Tensor = torch.ops.aten._flash_attention_forward(
