@@ -51,7 +51,7 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
 
 def test_what_does_not_fit_is_found() -> None:
     with pytest.raises(AssertionError, match="bytes of shared memory"):
-        fits(attention("forward", torch.bfloat16, 128, 90, (64, 64, 4, 3)))
+        fits(attention("bias_gradient", torch.float32, 256, 90, (32, 32, 4, 1)))
 
 
 def attention(part: str, dtype: torch.dtype, size: int, capability: int, blocks: tuple[int, int, int, int]) -> Any:
