@@ -135,8 +135,71 @@ def _both(operation: Callable[..., Tensor], count: int, length: int) -> Any:
     return torch.autograd.grad(out, [*states, bias], grad)
 
 
-BENCHES: dict[str, Callable[[], None]] = {"attention": attention}
-SWEEPS: dict[str, Callable[[], None]] = {"attention": attention_sweep}
+LORA = ((1024, 1024), (1024, 4096), (4096, 1024), (768, 3072), (1024, 3072))
+LORA_ROWS = 32768
+
+
+def lora_states(width: int, out: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, dy, x A^T, A and B in bfloat16."""
+    shapes = ((LORA_ROWS, width), (LORA_ROWS, out), (LORA_ROWS, rank), (rank, width), (out, rank))
+    x, dy, seen, down, up = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    return x, dy, seen, down, up
+
+
+def lora() -> None:
+    """dA, dB and dy B of one layer: our passes against products of PyTorch, x A^T made again or kept."""
+    from burnish.kernels.lora_grad import lora_gradients, tall_product
+
+    for (width, out), rank in itertools.product(LORA, (16, 32, 64)):
+        x, dy, seen, down, up = lora_states(width, out, rank)
+
+        def three(seen: Tensor = seen, x: Tensor = x, dy: Tensor = dy, up: Tensor = up) -> Any:
+            back = dy @ up
+            return back, back.t() @ x, dy.t() @ seen
+
+        def four(x: Tensor = x, down: Tensor = down, three: Any = three) -> Any:
+            return three(x @ down.t())
+
+        arms: dict[str, Call] = {
+            "four products": four,
+            "three products, x A^T kept": three,
+            "ours, x A^T kept": partial(lora_gradients, x, dy, seen, up, 1.0),
+            "dA alone, product": partial(torch.matmul, seen.t(), x),
+            "dA alone, ours": partial(tall_product, seen, x),
+            "dB alone, product": partial(torch.matmul, dy.t(), seen),
+            "dB alone, ours": partial(tall_product, seen, dy, True),
+        }
+        for name, call in arms.items():
+            shape = {"bench": "lora", "rows": LORA_ROWS, "in": width, "out": out, "rank": rank, "arm": name}
+            report(**shape, **measure(call))
+
+
+def lora_sweep() -> None:
+    """Launch settings of both kernels at 1024 features."""
+    from burnish.kernels import lora_grad as module
+
+    for rank, wide, rows, warps, stages in itertools.product(
+        (16, 32, 64), (64, 128, 256, 512), (16, 32, 64), (4, 8), (2, 3, 4)
+    ):
+        x, dy, seen, _, up = lora_states(1024, 1024, rank)
+        setting = (wide, rows, warps, stages)
+        if wide <= 256 and rows > 16:
+            module.TALL = setting
+            report(
+                bench="sweep",
+                kernel="tall",
+                rank=rank,
+                setting=setting,
+                **measure(partial(module.tall_product, seen, x)),
+            )
+        if wide >= 256 and rank <= 32 and stages < 4:
+            module.JOINT = {16: setting, 32: setting}
+            joint = partial(torch.ops.burnish.lora_joint_pass, dy, seen, up, 1.0)
+            report(bench="sweep", kernel="joint", rank=rank, setting=setting, **measure(joint))
+
+
+BENCHES: dict[str, Callable[[], None]] = {"attention": attention, "lora": lora}
+SWEEPS: dict[str, Callable[[], None]] = {"attention": attention_sweep, "lora": lora_sweep}
 
 
 def main() -> None:

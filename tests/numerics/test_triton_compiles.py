@@ -77,3 +77,20 @@ def test_attention_compiles_and_fits(place: int, part: str, dtype: torch.dtype, 
     from burnish.kernels.biased_attention import launch
 
     fits(attention(part, dtype, size, capability, launch(size, dtype)[place]))
+
+
+@pytest.mark.parametrize("rank", [16, 32, 64])
+def test_lora_gradients_compile_and_fit(rank: int) -> None:
+    from burnish.kernels import lora_grad
+
+    kinds = {name: "*bf16" for name in ("left", "right", "grad", "seen", "up")}
+    kinds |= {name: "*fp32" for name in ("parts", "back_parts", "up_parts")}
+    wide, rows, warps, stages = lora_grad.TALL
+    constants: dict[str, Any] = {"RANK": rank, "WIDE": wide, "ROWS": rows}
+    for turned in (False, True):
+        more = {"TURNED": turned, "PRECISION": "ieee"}
+        fits(compiled(lora_grad.tall_tile, kinds, constants | more, 90, warps, stages))
+    if rank in lora_grad.JOINT:
+        wide, rows, warps, stages = lora_grad.JOINT[rank]
+        constants = {"RANK": rank, "WIDE": wide, "ROWS": rows}
+        fits(compiled(lora_grad.joint_tile, kinds, constants, 90, warps, stages))
