@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import biased_attention_tiles as tiles
+from .dropout import draw, threshold
 
 LOG2E = math.log2(math.e)
 LARGEST = 256
@@ -77,7 +78,7 @@ def biased_attention(
     numbers = None
     if dropout > 0.0:
         tokens, heads, _ = query.shape
-        numbers = torch.randint(-(2**31), 2**31, (2, heads, tokens), dtype=torch.int32, device=query.device)
+        numbers = draw(2, heads, tokens, device=query.device)
     out: Tensor = _attend(
         query, key, value, bias, cu_seqlens.int(), numbers, max_length,
         1 / math.sqrt(query.shape[2]) if scale is None else scale, dropout, causal, 0 if window is None else window,
@@ -99,8 +100,7 @@ def _check(
         raise ValueError("biased_attention: Triton needs a GPU of compute capability 8.0. Use packed_attention")
     if bias is not None and bias.shape != (heads, 2 * max_length - 1):
         raise ValueError(f"biased_attention: the bias is {tuple(bias.shape)}, not {(heads, 2 * max_length - 1)}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"biased_attention: a dropout of {dropout} is not in [0, 1)")
+    threshold(dropout)
     if window is not None and window < 1:
         raise ValueError(f"biased_attention: a window of {window} hides a token from itself")
 
@@ -119,7 +119,7 @@ def _settings(
     return {
         "HEADS": query.shape[1], "SHARE": query.shape[1] // key.shape[1], "SIZE": size,
         "PADDED": max(16, triton.next_power_of_2(size)), "BIASED": bias is not None, "CAUSAL": causal,
-        "WINDOWED": window > 0, "THRESHOLD": round(dropout * 2**32), "PRECISION": "ieee" if exact else "tf32",
+        "WINDOWED": window > 0, "THRESHOLD": threshold(dropout), "PRECISION": "ieee" if exact else "tf32",
     }  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+from .dropout import keeps, numbers_of
+
 jit: Callable[[Any], Any] = triton.jit
 # Numbers that differ from batch to batch: Triton would compile once more for 1 and once for multiples of 16.
 kernel: Callable[[Any], Any] = triton.jit(do_not_specialize=["tokens", "longest", "window", "texts", "splits"])
@@ -76,26 +78,6 @@ def _visible(
 
 
 @jit
-def _numbers(base, rows, length):
-    """Dropout's random 32-bit numbers of some tokens."""
-    return tl.load(base + rows, mask=rows < length, other=0).to(tl.uint32, bitcast=True)
-
-
-@jit
-def _kept(row, column, THRESHOLD: tl.constexpr):
-    """Whether dropout keeps a weight: its query's random number plus its key's, mixed, against p 2^32.
-
-    The numbers are Philox's, drawn by torch. Mixing takes 8 integer operations a weight; Philox itself takes about 80
-    for four weights, which lie elsewhere than a tile's do. The sums are uniform and independent in pairs; two products
-    (Wellons's constants for 32-bit mixing) break what ties the four corners of a rectangle.
-    """
-    mixed = row + column
-    mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
-    mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
-    return (mixed ^ (mixed >> 16)) >= THRESHOLD
-
-
-@jit
 def _keys(
     first, length, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
 ):
@@ -135,7 +117,7 @@ def forward(
     row_numbers = rows
     if THRESHOLD > 0:
         numbers += head * tokens + start
-        row_numbers = _numbers(numbers, rows, length)
+        row_numbers = numbers_of(numbers, rows, length)
         numbers += HEADS * tokens
 
     # Finite, so that a tile of hidden keys before a row's first seen one leaves no NaN.
@@ -156,7 +138,7 @@ def forward(
             shrink = tl.exp2(peak - new_peak)
             total = total * shrink + tl.sum(weights, 1)
             if THRESHOLD > 0:
-                kept = _kept(row_numbers[:, None], _numbers(numbers, columns, length)[None, :], THRESHOLD)
+                kept = keeps(row_numbers[:, None], numbers_of(numbers, columns, length)[None, :], THRESHOLD)
                 weights = tl.where(kept, weights, 0.0)
             v = _rows(value, columns, value_stride, length, SIZE, PADDED)
             found = tl.dot(weights.to(v.dtype), v, found * shrink[:, None], input_precision=PRECISION)
@@ -195,7 +177,7 @@ def query_gradient(
     row_numbers = rows
     if THRESHOLD > 0:
         numbers += head * tokens + start
-        row_numbers = _numbers(numbers, rows, length)
+        row_numbers = numbers_of(numbers, rows, length)
         numbers += HEADS * tokens
 
     found = tl.zeros([ROWS, PADDED], tl.float32)
@@ -212,7 +194,7 @@ def query_gradient(
             weights = tl.exp2(scores - row_log[:, None])
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if THRESHOLD > 0:
-                kept = _kept(row_numbers[:, None], _numbers(numbers, columns, length)[None, :], THRESHOLD)
+                kept = keeps(row_numbers[:, None], numbers_of(numbers, columns, length)[None, :], THRESHOLD)
                 dweights = tl.where(kept, dweights * inflation, 0.0)
             dscores = weights * (dweights - row_delta[:, None])
             found = tl.dot(dscores.to(k.dtype), k, found, input_precision=PRECISION)
@@ -251,7 +233,7 @@ def key_gradient(
         line = head * tokens + start
         column_numbers = columns
         if THRESHOLD > 0:
-            column_numbers = _numbers(numbers + HEADS * tokens + line, columns, length)
+            column_numbers = numbers_of(numbers + HEADS * tokens + line, columns, length)
         for begin in range(low, high, ROWS):
             rows = begin + tl.arange(0, ROWS)
             q = _rows(query + start * query_stride + head * query_head, rows, query_stride, length, SIZE, PADDED)
@@ -268,7 +250,7 @@ def key_gradient(
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             dropped = weights
             if THRESHOLD > 0:
-                kept = _kept(_numbers(numbers + line, rows, length)[None, :], column_numbers[:, None], THRESHOLD)
+                kept = keeps(numbers_of(numbers + line, rows, length)[None, :], column_numbers[:, None], THRESHOLD)
                 dropped = tl.where(kept, weights * inflation, 0.0)
                 dweights = tl.where(kept, dweights * inflation, 0.0)
             dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -325,9 +307,9 @@ def bias_gradient(
             weights = tl.exp2(scores - row_log[:, None])
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if THRESHOLD > 0:
-                row_numbers = _numbers(numbers + line, rows, length)[:, None]
-                column_numbers = _numbers(numbers + HEADS * tokens + line, columns, length)[None, :]
-                dweights = tl.where(_kept(row_numbers, column_numbers, THRESHOLD), dweights * inflation, 0.0)
+                row_numbers = numbers_of(numbers + line, rows, length)[:, None]
+                column_numbers = numbers_of(numbers + HEADS * tokens + line, columns, length)[None, :]
+                dweights = tl.where(keeps(row_numbers, column_numbers, THRESHOLD), dweights * inflation, 0.0)
             found += weights * (dweights - row_delta[:, None])
     tile = sums + program.to(tl.int64) * (BLOCK * BLOCK)
     tl.store(tile + place[:, None] * BLOCK + place[None, :], found)
