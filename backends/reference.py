@@ -26,6 +26,12 @@ def _flash_attention() -> Callable[..., Any]:
     return flash_packed_attention
 
 
+def _tiled_infonce() -> Callable[..., Any]:
+    from ..kernels.infonce import tiled_infonce
+
+    return tiled_infonce
+
+
 @hookimpl
 def burnish_register_backends() -> Iterable[BackendSpec]:
     return [
@@ -41,4 +47,5 @@ def burnish_register_kernels() -> Iterable[KernelSpec]:
             operation="packed_attention", name="flash", load=_flash_attention, priority=10,
             needs=Needs(devices=("cuda",), compute_capability=(8, 0)),
         ),
+        KernelSpec(operation="tiled_infonce", name="reference", load=_tiled_infonce),
     ]  # fmt: skip

@@ -67,7 +67,63 @@ def _run_attention(
     return [out.detach(), *(leaf.grad for leaf in made if leaf.grad is not None)]
 
 
-OPERATIONS: dict[str, Callable[..., str]] = {"packed_attention": packed_attention}
+BOTH = ("query_to_doc", "doc_to_query")
+ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+LOSSES: tuple[dict[str, Any], ...] = (
+    {},
+    {"scale": 50.0},
+    {"scale": 1.0, "similarity": "dot"},
+    {"directions": BOTH},
+    {"directions": BOTH, "partition_mode": "per_direction"},
+    {"directions": ALL},
+    {"offset": 3, "rows": 4},
+    {"directions": ALL, "offset": 3, "rows": 4},
+    {"directions": BOTH, "partition_mode": "per_direction", "hardness_mode": "all_negatives", "hardness_strength": 9.0},
+    {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0},
+    {"hardness_mode": "hard_negatives", "hardness_strength": 5.0, "offset": 1, "rows": 6},
+)
+
+
+def tiled_infonce(found: Any, expected: Any, dtype: torch.dtype, device: str, tolerance: float) -> str:
+    """Losses and gradients for every direction and weighting of negatives, with a tile of 1 KiB, so of several."""
+    worst = 0.0
+    cases = list(itertools.product(((1, 1, 8), (7, 1, 24), (40, 1, 16), (33, 3, 5)), LOSSES))
+    for (rows, columns, size), chosen in cases:
+        options = dict(chosen)
+        if options.get("rows") is not None and rows < 7:
+            options["offset"], options["rows"] = 0, rows
+        mine, reference = (
+            _run_infonce(operation, rows, columns, size, options, dtype, device) for operation in (found, expected)
+        )
+        # The gradients of all embeddings together, since those of one text may be zero; the losses for themselves.
+        for what, ours, theirs in (
+            ("the loss", mine[0], reference[0]),
+            ("the gradient", torch.cat(mine[1:]), torch.cat(reference[1:])),
+        ):
+            error = float((ours - theirs).abs().max()) / max(float(theirs.abs().max()), 1e-3)
+            assert error <= tolerance, f"{what} of {rows} x {columns} x {size}, {options} is off by {error:.1e}"
+            worst = max(worst, error)
+    return f"{len(cases)} cases, {worst:.0e}"
+
+
+def _run_infonce(
+    operation: Callable[..., Tensor], rows: int, columns: int, size: int, options: dict[str, Any], dtype: torch.dtype,
+    device: str,
+) -> list[Tensor]:  # fmt: skip
+    """[losses, gradient of the queries, of each column of documents]."""
+    draw = torch.Generator().manual_seed(rows)
+    texts = [torch.randn(rows, size, generator=draw).to(device, dtype).requires_grad_() for _ in range(columns + 1)]
+    losses = operation(texts[0], texts[1:], tile_bytes=1024, **options)
+    count = options.get("rows") or rows
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert losses.shape == (count,) and losses.dtype == wide, f"the losses are {tuple(losses.shape)} {losses.dtype}"
+    weights = torch.rand(count, generator=draw).to(device, wide)
+    torch.autograd.backward((losses * weights).sum())
+    assert all(text.grad is not None for text in texts), "a gradient is missing"
+    return [losses.detach(), *(text.grad.to(wide) for text in texts if text.grad is not None)]
+
+
+OPERATIONS: dict[str, Callable[..., str]] = {"packed_attention": packed_attention, "tiled_infonce": tiled_infonce}
 
 
 def check_operation(
