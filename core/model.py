@@ -26,7 +26,7 @@ from .files import atomic_folder
 from .inputs import prompt_notes, texts_as_they_are
 from .loading import Decision, Repository, check_length, decide, has_transformer, read_repository
 from .options import LoadOptions, model_kwargs_dtype
-from .packing import POOLS_PACKED_PROMPTS, padded, pool_in_float32
+from .packing import POOLS_PACKED_PROMPTS, padded, pool_packed
 from .precision import PrecisionChoice
 from .preparation import Preparation, attention_name, describe_pooling, prepare, set_checkpointing
 from .provenance import Provenance, write
@@ -164,7 +164,7 @@ class SentenceTransformer(Stock):
         self.burnish.pooling = describe_pooling(self, self._pooling_source)
         for module in self.children() if self.burnish.packed else ():
             if isinstance(module, PoolingModule):
-                pool_in_float32(module)
+                pool_packed(module)
         if options.purpose != "inference":
             if decision.base is not None:
                 self.burnish.notes += [("after pooling", line) for line in freeze_after_pooling(self, frozenset())]
@@ -271,6 +271,13 @@ class SentenceTransformer(Stock):
             # Token embeddings are cut out by the attention mask, which packed input does not have.
             with nullcontext() if asked == _SENTENCE else padded(self._first_module()):
                 return super().encode(*args, **keywords)
+
+        @wraps(Stock.forward)
+        def forward(self, input: Any, **keywords: Any) -> Any:
+            # A loss asks for each column's embeddings; those of a stream are there already (`Trainer.compute_loss`).
+            if self.burnish is not None and "sentence_embedding" in input and "input_ids" not in input:
+                return dict(input)
+            return super().forward(input, **keywords)
 
         @wraps(Stock.preprocess)
         def preprocess(self, inputs: Any, prompt: str | None = None, **keywords: Any) -> Any:

@@ -3,7 +3,7 @@ by `contracts`, where plugins import it from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,14 +30,21 @@ class StepContext:
         family: What the model's plugin says about it.
         machine: Where it runs.
         arguments: The trainer's arguments.
+        loss: The loss module, or one for each data set by name.
         eager: Sentence Transformers' own step: exact, on any device, the thing to be equal to.
+        constants: What the step reads beside its arguments, such as the number of micro-batches that the loss is
+            divided by. A step that was captured or specialised holds only while these stay the same.
+        say: Tells the user one line, once.
     """
 
     model: torch.nn.Module
     family: Family
     machine: Machine
     arguments: Any
+    loss: Any
     eager: Step
+    constants: Callable[[], tuple[Hashable, ...]]
+    say: Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,8 @@ class BackendSpec:
         build_step: Turns a loaded model into an executable step.
         needs: What it cannot run without.
         priority: With `backend="auto"` the highest priority that can be had wins; the reference has 0.
+        few_shapes: Whether its steps are faster if batches come in few shapes: streams of tokens are then filled up
+            to one of a few lengths.
     """
 
     name: str
@@ -57,12 +66,13 @@ class BackendSpec:
     build_step: Callable[[StepContext], Step]
     needs: Needs = ANYTHING
     priority: int = 0
+    few_shapes: bool = False
 
     def __post_init__(self) -> None:
         check_name(self, self.name)
         check(self.name != "auto", self, "a backend cannot be called 'auto'")
         check_functions(self, "build_step")
-        check_types(self, summary=str, needs=Needs, priority=int)
+        check_types(self, summary=str, needs=Needs, priority=int, few_shapes=bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

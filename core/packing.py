@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import sentence_transformers
@@ -141,14 +142,45 @@ def name_attention(model: Any, name: str) -> None:
         model.config._attn_implementation_internal = name
 
 
-def pool_in_float32(module: nn.Module) -> None:
-    """Have a Pooling module add up packed 16-bit tokens in float32, where Sentence Transformers itself does not.
+def pool_packed(module: Any) -> None:
+    """Have a Pooling module add up packed tokens in float32, in the same order each time, without asking the device.
 
-    Two hooks, which are saved nowhere and do nothing on padded or float32 input.
+    Sentence Transformers' own mean waits for the device to count the tokens, adds them up in whatever order its threads
+    come, and before 6.2 in the tokens' own dtype. A bound method and, for the modes it leaves, two hooks: saved
+    nowhere, and not met by padded input.
     """
+    module._forward_flattened = partial(_pool, module)
     if not POOLS_PACKED_HALVES:
         module.register_forward_pre_hook(_widen)
         module.register_forward_hook(_narrow)
+
+
+def _pool(module: Any, tokens: Tensor, features: dict[str, Any], prompt_length: int | None = None) -> list[Tensor]:
+    modes = (module.pooling_mode,) if isinstance(module.pooling_mode, str) else tuple(module.pooling_mode)
+    if modes != ("mean",) or prompt_length:
+        stock: Callable[..., list[Tensor]] = type(module)._forward_flattened
+        return stock(module, tokens, features, prompt_length=prompt_length)
+    return [packed_mean(tokens[0], features["cu_seq_lens_q"])]
+
+
+def packed_mean(tokens: Tensor, bounds: Tensor) -> Tensor:
+    """The mean token of each text, added up in float32 or better; that of an empty text is zero.
+
+    Args:
+        tokens: (T, D).
+        bounds: (N + 1,) integer, the first token of each text and T at the end.
+
+    Returns:
+        (N, D) in the dtype of `tokens`.
+    """
+    wide = tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
+    lengths = bounds[1:] - bounds[:-1]
+    if tokens.is_cuda:  # no atomics; unsafe, since checking the bounds, which are right, waits for the device
+        sums = torch.segment_reduce(wide, "sum", offsets=bounds.long(), axis=0, unsafe=True, initial=0)
+    else:  # on a CPU, where it adds in order, 2.4 times as fast (128 texts of 105 tokens of 384, with the backward)
+        text = torch.repeat_interleave(lengths, output_size=tokens.shape[0])
+        sums = wide.new_zeros(len(lengths), tokens.shape[1]).index_add(0, text, wide)
+    return (sums / lengths.clamp(min=1)[:, None]).to(tokens.dtype)
 
 
 def _widen(module: nn.Module, arguments: tuple[dict[str, Any], ...]) -> None:

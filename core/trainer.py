@@ -12,9 +12,11 @@ from sentence_transformers import SentenceTransformerTrainingArguments as StockA
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from . import stream
 from .contracts import StepContext
 from .errors import ModelError, PluginError
 from .inputs import said_of_prompts
+from .logged_loss import LoggedLoss
 from .model import Preparation, SentenceTransformer
 from .packing import needs_padding
 
@@ -62,6 +64,9 @@ class Trainer(StockTrainer):
             _check_trainable(model)
         super().__init__(model, *args, **keywords)
         self._step: Step | None = None
+        self.engine: Step | None = None  # what the backend built, before its results are checked
+        self._said: set[str] = set()
+        self._logged = LoggedLoss()
         preparation = getattr(self.model, "burnish", None)
         if preparation is None:
             return
@@ -95,7 +100,40 @@ class Trainer(StockTrainer):
         """Forward and backward of one micro-batch through the backend; returns the detached loss, a scalar."""
         if self._step is None:
             self._step = self._build_step()
-        return self._step(model, inputs, num_items_in_batch)
+        loss = self._step(model, inputs, num_items_in_batch)
+        return self._logged.filtered(loss, self.args) if loss.is_cuda else loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of a batch, a scalar; of a stream, on the embeddings of one forward for all its columns."""
+        if stream.IDS in inputs:
+            embeddings = model(stream.model_inputs(inputs))["sentence_embedding"]
+            finished = stream.columns_of(embeddings, inputs[stream.COLUMNS])
+            inputs = {name: inputs[name] for name in ("label", "dataset_name") if name in inputs}
+            for place, column in enumerate(finished):
+                inputs |= {f"column{place}_{name}": value for name, value in column.items()}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **keywords: Any) -> Any:
+        self._logged.restore(self.args, logging=self.control.should_log)
+        return super()._maybe_log_save_evaluate(*args, **keywords)
+
+    def train(self, *args: Any, **keywords: Any) -> Any:
+        """Train, as `SentenceTransformerTrainer.train`."""
+        try:
+            return super().train(*args, **keywords)
+        finally:
+            self._logged.restore(self.args, logging=True)
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            print(f"burnish: {line}", file=sys.stderr)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         """Take the trained weights out of a checkpoint; frozen ones, perhaps quantised, are what they were.
@@ -130,9 +168,10 @@ class Trainer(StockTrainer):
             return eager
         decision = preparation.decision
         context = StepContext(
-            model=self.model, family=decision.family.family, machine=decision.machine, arguments=self.args, eager=eager
-        )
-        built: Step = decision.backend.build_step(context)
+            model=self.model, family=decision.family.family, machine=decision.machine, arguments=self.args,
+            loss=self.loss, eager=eager, constants=lambda: (self.current_gradient_accumulation_steps,), say=self._say,
+        )  # fmt: skip
+        built = self.engine = decision.backend.build_step(context)
         return built if built is eager else _checked(built, decision.backend)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .lora import FusedLora, adapter_of, hooked, lora_linears
+
 
 def linears(inputs: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Each layer on `inputs`, one after the other: the plain version of `joined_linears`."""
@@ -25,8 +27,9 @@ def joined_linears(inputs: Tensor, *layers: nn.Module) -> list[Tensor]:
     sums of (T, I). The parameters stay the layers' own, so gradients land where they would, and the weights are put
     side by side anew each time: 3 x I x O elements of traffic against T x I of input.
 
-    Layers that are more than a plain `nn.Linear` (an adapter, 4-bit storage, a hook somebody set) are called as they
-    are, one after the other.
+    Layers under LoRA are joined too where a product with their effective weights is wanted (`lora_linears`): that is
+    where each of them is a `FusedLora`. Others that are more than a plain `nn.Linear` (an adapter, 4-bit storage, a
+    hook somebody set) are called as they are, one after the other.
 
     Args:
         inputs: (…, I).
@@ -35,19 +38,17 @@ def joined_linears(inputs: Tensor, *layers: nn.Module) -> list[Tensor]:
     Returns:
         A (…, O) for each layer: views of one tensor.
     """
-    if not all(type(layer) is nn.Linear and not _hooked(layer) for layer in layers):
+    if all(isinstance(layer, FusedLora) for layer in layers):
+        adapters = [adapter for layer in layers if (adapter := adapter_of(layer)) is not None]
+        if len(adapters) == len(layers):
+            return lora_linears(inputs, adapters)
+    if not all(type(layer) is nn.Linear and not hooked(layer) for layer in layers):
         return linears(inputs, *layers)
     plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
     weights: list[Tensor] = [layer.weight for layer in plain]
     biases: list[Tensor] = [layer.bias for layer in plain if layer.bias is not None]
     out = functional.linear(inputs, torch.cat(weights), torch.cat(biases) if biases else None)
     return list(torch.split(out, [layer.out_features for layer in plain], dim=-1))
-
-
-def _hooked(layer: nn.Module) -> bool:
-    """Whether somebody watches or changes calls of this layer, which a joint product would not make."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(layer) or any(getattr(layer, name) for name in hooks)
 
 
 def joined_attention(

@@ -118,6 +118,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (BackendSpec, {"priority": "high"}, "priority is a str, not a int"),
     (BackendSpec, {"needs": ("cuda",)}, "needs is a tuple, not a Needs"),
     (BackendSpec, {"summary": None}, "summary is a NoneType"),
+    (BackendSpec, {"few_shapes": 1}, "few_shapes is a int"),
     (KernelSpec, {"operation": "layer norm"}, "name 'layer norm' is not letters"),
     (KernelSpec, {"name": ""}, "name '' is not letters"),
     (KernelSpec, {"load": "module"}, "load is not a function"),

@@ -53,7 +53,8 @@ def test_the_highest_priority_that_can_be_had(install: Install) -> None:
     choice = step()
     assert choice.spec.name == "fast"
     considered = {item.name: item.reason for item in choice.considered}
-    assert considered == {"faster": "needs cuda, this is cpu", "reference": "fast comes first"}
+    others = {"fused": "needs cuda, this is cpu", "compiled": "needs the package triton"}
+    assert considered == {"faster": "needs cuda, this is cpu", "reference": "fast comes first", **others}
     assert step(GPU).spec.name == "faster"
 
 
@@ -118,8 +119,8 @@ def test_without_a_backend_the_error_names_the_fix(install: Install, monkeypatch
     with pytest.raises(PluginError, match=r"Add burnish to BURNISH_PLUGINS, or unset it. Known: none"):
         step(name="reference")
     monkeypatch.delenv("BURNISH_PLUGINS")
-    set_disabled(["reference"])
-    with pytest.raises(PluginError, match=r"no backend is enabled. Run `burnish plugins enable reference`"):
+    set_disabled(["reference", "compiled", "fused"])
+    with pytest.raises(PluginError, match=r"no backend is enabled. Run `burnish plugins enable compiled`"):
         step()
     set_disabled([])
     with pytest.raises(

@@ -1,0 +1,148 @@
+"""The parts of a model that are compiled one by one, and the LoRA layers that become plain products, for one step.
+
+Compiling a whole model takes minutes and again when a shape moves; one layer that all layers share takes seconds
+(design: "per-layer compile, regional"). Nothing is left on the model between steps.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels.lora import FusedLora, adapter_of, fused_class
+
+# Each layer's dtype, mode and mask makes a variant of the compiled code; torch's own limit of 8 is for one function in
+# a program, and above it torch goes on uncompiled.
+VARIANTS = 64
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers a model repeats: the members of each outermost `nn.ModuleList` of two or more."""
+    found: list[nn.Module] = []
+
+    def look(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) > 1:
+                found.extend(child)
+            else:
+                look(child)
+
+    look(model)
+    return found
+
+
+class Regions:
+    """The repeated layers of one model, compiled together at their first call.
+
+    Args:
+        model: A model in training.
+        memory_budget: The share of a layer's activations that may be kept for the backward; the cheapest to compute
+            again are left out first (`torch._functorch.config.activation_memory_budget`).
+    """
+
+    def __init__(self, model: nn.Module, memory_budget: float = 1.0) -> None:
+        self.model = model
+        self.layers = repeated_layers(model)
+        self.memory_budget = memory_budget
+        # A code object of our own: torch keeps compiled variants, and counts them, on the code object.
+        own = types.FunctionType(_call.__code__.replace(co_name="layer"), _call.__globals__)
+        # Tokens are marked dynamic below: `dynamic=True` would take floats such as a scale for inputs too, and compile
+        # C++ to compute with them; marking nothing would compile twice, for the first shape and for all others.
+        self._compiled: Callable[..., Any] = torch.compile(own)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Compiled layers and joined LoRA products for the length of a block."""
+        with ExitStack() as stack:
+            stack.enter_context(fused_adapters(self.model))
+            stack.enter_context(_settings(self.memory_budget))
+            layers: list[Any] = self.layers
+            for layer in layers:
+                layer._compiled_call_impl = partial(self._run, layer)
+                layer._own_dtype = _own_dtype(layer)
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer._compiled_call_impl = None
+                    del layer._own_dtype
+
+
+    def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _mark_tokens((args, kwargs))
+        return self._compiled(layer, *args, **kwargs)
+
+
+def _mark_tokens(value: Any) -> None:
+    """Tell the compiler which sizes change from batch to batch: every packed row's tokens, and the number of texts."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() == 1 and not value.is_floating_point():
+            torch._dynamo.maybe_mark_dynamic(value, 0)
+        elif value.dim() >= 2 and value.shape[0] == 1:
+            torch._dynamo.maybe_mark_dynamic(value, 1)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            _mark_tokens(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            _mark_tokens(part)
+
+
+def _call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    dtype = layer._own_dtype
+    if dtype is None:
+        return layer._call_impl(*args, **kwargs)
+    # Autocast would make the norms' results float32, and with them the residual stream: twice the traffic and memory.
+    args = tuple(value.to(dtype) if _is_real(value) else value for value in args)
+    with torch.autocast(next(layer.parameters()).device.type, enabled=False):
+        return layer._call_impl(*args, **kwargs)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _own_dtype(layer: nn.Module) -> torch.dtype | None:
+    """The one 16-bit dtype that all of a layer's weights have, joined adapters apart; None where there is none."""
+    adapters = {
+        id(weight)
+        for module in layer.modules()
+        if isinstance(module, FusedLora) and (adapter := adapter_of(module)) is not None
+        for weight in (adapter.down, adapter.up)
+    }
+    dtypes = {weight.dtype for weight in layer.parameters() if id(weight) not in adapters}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+@contextmanager
+def _settings(memory_budget: float) -> Iterator[None]:
+    dynamo: Any = torch._dynamo.config
+    functorch: Any = torch._functorch.config
+    with (
+        dynamo.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=4 * VARIANTS),
+        functorch.patch(activation_memory_budget=memory_budget),
+    ):
+        yield
+
+
+@contextmanager
+def fused_adapters(model: nn.Module) -> Iterator[None]:
+    """Every plain LoRA layer of `model` as a product with its effective weight, for the length of a block."""
+    changed: list[tuple[nn.Module, Any]] = []
+    try:
+        for module in model.modules():
+            if hasattr(module, "lora_A") and adapter_of(module) is not None:
+                changed.append((module, type(module)))
+                kind: Any = type(module)
+                module.__class__ = fused_class(kind)
+        yield
+    finally:
+        for module, kind in changed:
+            module.__class__ = kind

@@ -1,0 +1,81 @@
+"""The compiled backend on a CPU: the reference's losses and weights, and nothing left on the model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset  # type: ignore[import-untyped]
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from burnish import FastSentenceTransformer, Trainer, TrainingArguments
+from burnish.backends.regions import Regions, fused_adapters, repeated_layers
+from burnish.core.testing.find import sample_config
+from burnish.core.testing.subject import Subject
+from burnish.kernels.lora import FusedLora
+
+# What torch's compiler itself does while it traces.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+TEXTS = [f"a text of {'many ' * (number % 7)}words, number {number}" for number in range(24)]
+
+
+def model_of(folder: Path, backend: str, mode: str) -> Any:
+    config = sample_config("bert")
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    subject = Subject(config=config, folder=folder / "model", tolerance=1e-5)
+    options: dict[str, Any] = {"dtype": "float32", "backend": backend, "full_finetuning": mode == "full"}
+    model = FastSentenceTransformer.from_pretrained(str(subject.repository), **options)
+    return model if mode == "full" else FastSentenceTransformer.get_peft_model(model, r=4, lora_alpha=8)
+
+
+def train(model: Any, folder: Path) -> tuple[list[float], Trainer]:
+    arguments = TrainingArguments(
+        str(folder / "run"), per_device_train_batch_size=8, num_train_epochs=2, learning_rate=1e-2, optim="sgd",
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    data = Dataset.from_dict({"anchor": TEXTS, "positive": TEXTS[::-1]})
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, loss=MultipleNegativesRankingLoss(model))
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_compiled_steps_are_the_reference_s(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mode == "lora":  # traced and differentiated, but not turned into C++, which takes 50 s here
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    ours, theirs = model_of(tmp_path, "compiled", mode), model_of(tmp_path, "reference", mode)
+    before = {name: weight.detach().clone() for name, weight in ours.named_parameters()}
+    kinds = [type(module) for module in ours.modules()]
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    losses, _ = train(ours, tmp_path)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > compiled, "nothing was compiled"
+    expected, _ = train(theirs, tmp_path)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    moved = 0.0
+    for (name, weight), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6, msg=name)
+        moved += float((weight - before[name]).detach().norm())
+    assert moved > 0
+    assert kinds == [type(module) for module in ours.modules()], "a step changed the model"
+    assert not any(layer._compiled_call_impl for layer in repeated_layers(ours))
+
+
+def test_a_step_that_raises_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "reference", "lora")
+    kinds = [type(module) for module in model.modules()]
+    regions = Regions(model)
+    assert len(regions.layers) == 2
+    with pytest.raises(RuntimeError, match="stopped"), regions.active():
+        assert sum(isinstance(module, FusedLora) for module in model.modules()) == 12
+        raise RuntimeError("stopped")
+    assert kinds == [type(module) for module in model.modules()]
+    with fused_adapters(model), pytest.raises(ZeroDivisionError):
+        raise ZeroDivisionError
