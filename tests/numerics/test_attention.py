@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from burnish.kernels import attention
+from burnish.kernels.attention import _alike
 
 packed_attention: Callable[..., Tensor] = attention.packed_attention
 RAGGED = (5, 1, 12, 7)
@@ -216,3 +217,24 @@ def test_no_dropout_is_deterministic() -> None:
     first, second = (packed_attention(*states[:3], bounds(RAGGED), max(RAGGED), dropout=0.0) for _ in range(2))
     dropped = packed_attention(*states[:3], bounds(RAGGED), max(RAGGED), dropout=0.5)
     assert torch.equal(first, second) and not torch.equal(first, dropped)
+
+
+@given(lengths=st.lists(st.integers(0, 300), max_size=80))
+def test_texts_of_about_one_length_share_a_grid(lengths: list[int]) -> None:
+    ordered = sorted(lengths, reverse=True)
+    runs = _alike(ordered)
+    full = [length for length in ordered if length]
+    assert sum(count for count, _ in runs) == len(full)
+    first = 0
+    for count, longest in runs:
+        own = full[first : first + count]
+        assert own[0] == longest and min(own) >= 0.75 * longest
+        assert count * longest - sum(own) <= 1000
+        first += count
+
+
+def test_a_batch_of_many_lengths_is_cut_and_one_of_alike_lengths_is_not() -> None:
+    assert _alike([300, 290, 100, 90, 10, 0]) == [(2, 300), (2, 100), (1, 10)]
+    assert _alike([100, 99, 98, 90]) == [(4, 100)]
+    assert _alike([100] * 50 + [90] * 150) == [(150, 100), (50, 90)]
+    assert _alike([0, 0]) == []
