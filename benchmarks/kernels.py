@@ -1,7 +1,7 @@
 """Times of single kernels beside what they would replace, on one GPU: a JSON line for each arm.
 
-    PYTHONPATH=.dev python benchmarks/kernels.py attention
-    PYTHONPATH=.dev python benchmarks/kernels.py attention --sweep    launch settings, each kernel apart
+    PYTHONPATH=.dev python benchmarks/kernels.py attention lora fused
+    PYTHONPATH=.dev python benchmarks/kernels.py attention lora --sweep    launch settings, each kernel apart
 
 Each arm is captured in a CUDA graph and replayed, as the fused backend runs it, so that no launch from Python is timed:
 `ms` is the median of 20 replays, `first_s` what the first call took, compilation included.
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def measure(call: Call, replays: int = 20) -> dict[str, Any]:
             times.append(events[0].elapsed_time(events[1]))
         del kept
         return {"ms": round(statistics.median(times[3:]), 4), "first_s": round(first, 1)}
-    except (RuntimeError, ValueError) as error:  # out of memory, or a launch setting that does not fit
+    except Exception as error:  # out of memory, or a launch setting that does not fit: a line of the report
         torch.cuda.synchronize()
         return {"error": str(error).splitlines()[0][:200]}
 
@@ -108,10 +109,14 @@ def attention_sweep() -> None:
 
     usual_launch = module.launch
     usual = usual_launch(64, torch.bfloat16)
-    rows = ((64, 64), (128, 64), (128, 32), (64, 128), (128, 128), (64, 32))
-    for place, kernel in enumerate(("forward", "query", "key", "bias")):
-        blocks = ((64, 64), (32, 32)) if kernel == "bias" else rows
-        for (queries, keys), warps, stages in itertools.product(blocks, (4, 8), (1, 2, 3)):
+    tried = {
+        "forward": ((128, 64), (128, 128), (64, 64), (128, 32)),
+        "query": ((64, 64), (128, 64), (64, 32)),
+        "key": ((64, 64), (64, 128), (32, 128)),
+        "bias": ((64, 64), (32, 32)),
+    }
+    for place, (kernel, blocks) in enumerate(tried.items()):
+        for (queries, keys), warps, stages in itertools.product(blocks, (4, 8), (2, 3)):
             setting = (*usual[:place], (queries, keys, warps, stages), *usual[place + 1 :])
             module.launch = partial(_fixed, setting)
             # Autograd runs a backward on its forward's stream: captured together, or not at all.
@@ -178,27 +183,72 @@ def lora_sweep() -> None:
     """Launch settings of both kernels at 1024 features."""
     from burnish.kernels import lora_grad as module
 
-    for rank, wide, rows, warps, stages in itertools.product(
-        (16, 32, 64), (64, 128, 256, 512), (16, 32, 64), (4, 8), (2, 3, 4)
-    ):
+    for rank in (16, 32, 64):
         x, dy, seen, _, up = lora_states(1024, 1024, rank)
-        setting = (wide, rows, warps, stages)
-        if wide <= 256 and rows > 16:
+        for setting in itertools.product((128, 256), (32, 64), (4, 8), (3, 4)):
             module.TALL = setting
-            report(
-                bench="sweep",
-                kernel="tall",
-                rank=rank,
-                setting=setting,
-                **measure(partial(module.tall_product, seen, x)),
-            )
-        if wide >= 256 and rank <= 32 and stages < 4:
+            found = measure(partial(module.tall_product, seen, x))
+            report(bench="sweep", kernel="tall", rank=rank, setting=setting, **found)
+        for setting in itertools.product((256, 512), (32, 64), (8,), (2, 3)):
+            if rank > 32:
+                break
             module.JOINT = {16: setting, 32: setting}
-            joint = partial(torch.ops.burnish.lora_joint_pass, dy, seen, up, 1.0)
-            report(bench="sweep", kernel="joint", rank=rank, setting=setting, **measure(joint))
+            found = measure(partial(torch.ops.burnish.lora_joint_pass, dy, seen, up, 1.0))
+            report(bench="sweep", kernel="joint", rank=rank, setting=setting, **found)
 
 
-BENCHES: dict[str, Callable[[], None]] = {"attention": attention, "lora": lora}
+ROWS = 32768
+
+
+def cases() -> dict[str, tuple[str, str, str, tuple[tuple[int, ...], ...], dict[str, Any]]]:
+    """Of each fused operation: its file, its name, what it works on, the inputs' shapes and its other arguments."""
+    third = ((ROWS, 768), (768,), (768,), (ROWS, 768))
+    large = ((ROWS, 1024), (1024,), (1024,), (ROWS, 1024))
+    rms: dict[str, Any] = {"eps": 1e-6, "centred": False, "offset": 1.0}
+    return {
+        "layer norm, residual": ("norm", "add_norm", "1024", large, {"eps": 1e-12}),
+        "layer norm, residual, dropout": ("norm", "add_norm", "768", third, {"eps": 1e-12, "dropout": 0.1}),
+        "Gemma's RMS norm": ("norm", "add_norm", "768", third[:2], rms),
+        "GELU": ("activation", "activation", "4096", ((ROWS, 4096),), {"name": "gelu"}),
+        "GeGLU": ("activation", "gated_activation", "1152", ((ROWS, 2304),), {"name": "gelu_tanh"}),
+        "rotary": ("rotary", "rotary", "12 heads of 64", ((ROWS, 36, 64),), {"turned": 24}),
+        "mean to unit length": ("pooling", "packed_pool", "64 of 512", ((ROWS, 768),), {"normalize": True}),
+        "embedding": ("embedding", "embedding", "30522", ((30522, 768),), {}),
+    }
+
+
+def fused() -> None:
+    """Forward and backward of the fused operations: ours, their plain versions under inductor, and eager."""
+    for name, (file, function, size, shapes, options) in cases().items():
+        module = import_module(f"burnish.kernels.{file}")
+        leaves = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+        angles = torch.rand(ROWS, 32, device="cuda")
+        before: tuple[Any, ...] = ()
+        beside: tuple[Any, ...] = ()
+        if file == "norm":
+            beside = (None,) * (2 - len(leaves))
+        elif file == "rotary":
+            beside = angles.cos(), angles.sin()
+        elif file == "pooling":
+            beside = torch.arange(0, ROWS + 1, 512, device="cuda", dtype=torch.int32), "mean"
+        elif file == "embedding":
+            # Ten tokens stand at every tenth place, as frequent words do.
+            ids = torch.randint(0, 30522, (ROWS,), device="cuda")
+            before = (torch.where(torch.rand(ROWS, device="cuda") < 0.1, ids % 10, ids),)
+        ours, plain = getattr(module, function), getattr(module, f"plain_{function}")
+        for arm, operation in {"ours": ours, "inductor": torch.compile(plain), "eager": plain}.items():
+            forward = partial(operation, *before, *leaves, *beside, **options)
+            report(bench="fused", case=name, size=size, arm=arm, **measure(partial(_step, forward, leaves)))
+
+
+def _step(forward: Call, leaves: list[Tensor]) -> Any:
+    found = forward()
+    # Of a norm's two results the sum is the residual of the next: both have gradients.
+    found = [each for each in (found if isinstance(found, tuple) else (found,)) if not each.is_leaf]
+    return torch.autograd.grad(found, leaves, [torch.ones_like(each) for each in found])
+
+
+BENCHES: dict[str, Callable[[], None]] = {"attention": attention, "lora": lora, "fused": fused}
 SWEEPS: dict[str, Callable[[], None]] = {"attention": attention_sweep, "lora": lora_sweep}
 
 

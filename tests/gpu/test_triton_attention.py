@@ -62,7 +62,7 @@ def test_as_close_to_float64_as_the_plain_version(
     plain = run(packed_attention, states, dtype, lengths, **options)
     ours = run(biased_attention, states, dtype, lengths, **options)
     assert len(truth) == len(plain) == len(ours) == 5
-    # A lone token's gradients cancel to 0, in the plain version exactly: two roundings of the largest number are allowed.
+    # A lone token's gradients cancel to 0, in the plain version exactly: two roundings of the largest are allowed.
     room = torch.finfo(dtype).eps * max(each.abs().max().item() for each in truth)
     for name, found, theirs, exact in zip(NAMES, ours, plain, truth, strict=True):
         assert (found - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 2 * room, name
