@@ -1,0 +1,220 @@
+"""GradCache on a stream: a batch of any size with the activations of one chunk of tokens (Gao et al. 2021, section 3).
+
+Every chunk is embedded without a graph; the loss of all embeddings gives each its gradient; then every chunk is
+embedded again, with the random numbers it had, and its part of the gradient goes back through it. Sentence
+Transformers' cached losses do so in mini-batches of so many texts of one column; here a chunk is a stream of whole
+texts of any column, cut by tokens, and a batch that is one chunk is embedded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from torch import Tensor, nn
+
+from . import stream
+
+Embed: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
+"""From a stream, with the keys of `stream.flatten`, to the embeddings of its texts, (N + M, D)."""
+LossOfEmbeddings: TypeAlias = Callable[[list[Tensor]], Tensor]
+"""From the embeddings of each column, (texts, D), to the loss, a scalar."""
+
+BUDGET = 2**15
+"""Tokens of a chunk: enough to fill a GPU, and a few GiB of activations for a model of 12 layers of 768."""
+
+
+def loss_of(loss: nn.Module) -> LossOfEmbeddings | None:
+    """What a cached loss of Sentence Transformers makes of all embeddings, for `cached_step`; None for other losses.
+
+    That is CachedMultipleNegativesRankingLoss and its symmetric form. A subclass that computes for itself, and one on
+    which MatryoshkaLoss has bound a computation, are left to Sentence Transformers.
+    """
+    kind = CachedMultipleNegativesRankingLoss
+    if not isinstance(loss, kind):
+        return None
+    own = vars(loss).get("calculate_loss")
+    if own is not None and getattr(getattr(own, "func", None), "__module__", "") != f"{__package__}.tiled_loss":
+        return None
+    if any(getattr(type(loss), name) is not getattr(kind, name) for name in ("forward", "calculate_loss")):
+        return None
+    inner = loss.loss  # not cached; it holds the settings, and `tiled_loss.tile` has bound it where the outer one is
+    return lambda embeddings: inner.compute_loss_from_embeddings(embeddings, torch.empty(0))
+
+
+def budget_of(loss: nn.Module) -> int:
+    """The tokens of a chunk for a cached loss: its `mini_batch_num_tokens`, or `BUDGET` where it has none."""
+    found = getattr(loss, "mini_batch_num_tokens", None)
+    return BUDGET if found is None else int(found)
+
+
+def cached_step(
+    embed: Embed,
+    batch: Mapping[str, Any],
+    loss_of_embeddings: LossOfEmbeddings,
+    budget: int = BUDGET,
+    *,
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    filler: int = 0,
+    fit: stream.Fit | None = None,
+    fit_longest: stream.Fit | None = None,
+) -> Tensor:
+    """The loss of a batch; its backward embeds chunk after chunk again and adds the gradients up.
+
+    A stream of at most `budget` tokens is one chunk: it is embedded once, with a graph, and the host waits for nothing,
+    so that such a step can be captured. Longer ones are cut on the host, which waits for the token ids.
+
+    Args:
+        embed: The model.
+        batch: A stream, with the keys of `stream.flatten`.
+        loss_of_embeddings: The loss. Weights of its own get no gradient from more than one chunk.
+        budget: Tokens of a chunk at most; a longer text is a chunk of its own.
+        no_sync: A context in which gradients are not exchanged between processes (`DistributedDataParallel`'s); all
+            chunks but the last run in it.
+        filler, fit, fit_longest: How chunks are filled up to a few shapes, as in `stream.flatten`.
+
+    Returns:
+        A scalar. Without a graph (in evaluation) where gradients are off.
+    """
+    counts = batch[stream.COLUMNS]
+    chunks = [dict(batch)]
+    if batch[stream.IDS].shape[1] > budget:
+        chunks = cut(batch, budget, filler=filler, fit=fit, fit_longest=fit_longest)
+    if len(chunks) == 1:
+        embeddings = embed(chunks[0])[: sum(counts)]
+        return loss_of_embeddings(list(torch.split(embeddings, list(counts))))
+    graph = torch.is_grad_enabled()
+    device = batch[stream.IDS].device
+    states, parts = [], []
+    for chunk in chunks:
+        states.append(_State.now(device))
+        with torch.no_grad(), _no_shared_casts():
+            parts.append(embed(chunk)[: sum(chunk[stream.COLUMNS])])
+    leaf = torch.cat(parts).requires_grad_(graph)
+    loss = loss_of_embeddings(list(torch.split(leaf, list(counts))))
+    if not graph:
+        return loss
+    gradients = torch.split(torch.autograd.grad(loss, leaf)[0], [len(part) for part in parts])
+
+    def replay(outer: Tensor) -> None:
+        for place, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
+            last = place == len(chunks) - 1
+            with torch.enable_grad(), nullcontext() if last else no_sync(), state.again():
+                again = embed(chunk)[: len(gradient)]
+                torch.autograd.backward(again, (gradient * outer).to(again.dtype))
+
+    value = loss.detach().requires_grad_()
+    value.register_hook(replay)  # type: ignore[no-untyped-call]
+    return value
+
+
+def cut(
+    batch: Mapping[str, Any],
+    budget: int,
+    *,
+    filler: int = 0,
+    fit: stream.Fit | None = None,
+    fit_longest: stream.Fit | None = None,
+) -> list[dict[str, Any]]:
+    """A stream as streams of whole texts, in the same order and about equally long.
+
+    Args:
+        batch: A stream, with the keys of `stream.flatten`. Texts that fill it up are left out.
+        budget: Tokens of each at most; a longer text stands alone.
+        filler, fit, fit_longest: As in `stream.flatten`, for each of them. What fills comes on top of the budget.
+
+    Returns:
+        Streams with the same keys on the same device. `stream_columns` is (texts,), whatever column they are of.
+    """
+    ids: NDArray[np.int32] = batch[stream.IDS][0].cpu().numpy().astype(np.int32)
+    bounds: NDArray[np.int32] = batch[stream.BOUNDS].cpu().numpy()
+    bounds = bounds[: sum(batch[stream.COLUMNS]) + 1]
+    offset = int(batch[stream.POSITIONS][0, 0]) if len(ids) else 0
+    device = batch[stream.IDS].device
+    found = []
+    for first, last in spans(np.diff(bounds).tolist(), budget):
+        texts = [ids[bounds[place] : bounds[place + 1]] for place in range(first, last)]
+        chunk = stream.flatten([texts], position_offset=offset, filler=filler, fit=fit, fit_longest=fit_longest)
+        found.append({key: value.to(device) if isinstance(value, Tensor) else value for key, value in chunk.items()})
+    return found
+
+
+def spans(lengths: Sequence[int], budget: int) -> list[tuple[int, int]]:
+    """Consecutive texts as (first, after the last) spans of at most `budget` tokens, and about equally many.
+
+    Filling each up to the budget would leave a rest in the last: the peak is the same, but small batches are slow.
+    """
+    total = sum(lengths)
+    parts = max(1, -(-total // budget))
+    # Each span that is left holds more than this less the longest text, so that no more than `parts` are needed.
+    limit = min(budget, -(-total // parts) + max(lengths, default=0))
+    found, first, held = [], 0, 0
+    for place, length in enumerate(lengths):
+        if held + length > limit and place > first:
+            found.append((first, place))
+            first, held = place, 0
+        held += length
+    return [*found, (first, len(lengths))]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a chunk's second forward must find as its first did: random numbers, and autocast."""
+
+    device: torch.device
+    random: Tensor
+    device_random: Tensor | None
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device: torch.device) -> _State:
+        kind = device.type
+        return cls(
+            device, torch.get_rng_state(), _device_random(device),
+            torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind),
+        )  # fmt: skip
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """As it was then, for the length of a block; after it, random numbers go on as if nothing had been drawn."""
+        before, device_before = torch.get_rng_state(), _device_random(self.device)
+        _set_random(self.device, self.random, self.device_random)
+        try:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.enabled), _no_shared_casts():
+                yield
+        finally:
+            _set_random(self.device, before, device_before)
+
+
+@contextmanager
+def _no_shared_casts() -> Iterator[None]:
+    """Keep autocast's copies of weights inside a block: one made without a graph would cut off a later forward's. Torch
+    2.13 shares no such copy; nothing promises it."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _device_random(device: torch.device) -> Tensor | None:
+    """The state of the device's generator; None for a CPU, whose generator is the host's."""
+    if device.type == "cpu":
+        return None
+    module: Any = torch.get_device_module(device)
+    state: Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+    return state
+
+
+def _set_random(device: torch.device, host: Tensor, own: Tensor | None) -> None:
+    torch.set_rng_state(host)
+    if own is not None:
+        module: Any = torch.get_device_module(device)
+        module.set_rng_state(own) if device.type == "mps" else module.set_rng_state(own, device)
