@@ -96,8 +96,6 @@ def _check(
         raise ValueError(f"biased_attention: {query.dtype} is not float16, bfloat16 or float32 throughout")
     if size > LARGEST:
         raise ValueError(f"biased_attention: heads of {size} are larger than {LARGEST}. Use packed_attention")
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
-        raise ValueError("biased_attention: Triton needs a GPU of compute capability 8.0. Use packed_attention")
     if bias is not None and bias.shape != (heads, 2 * max_length - 1):
         raise ValueError(f"biased_attention: the bias is {tuple(bias.shape)}, not {(heads, 2 * max_length - 1)}")
     threshold(dropout)
@@ -154,6 +152,8 @@ def _attend(
     longest: int, scale: float, dropout: float, causal: bool, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(T, H, D) output and (H, T) float32 log2 of each query's sum of exponentials; `window` 0 is none."""
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        raise ValueError("biased_attention: Triton needs a GPU of compute capability 8.0. Use packed_attention")
     tokens, heads, size = query.shape
     out = query.new_empty(tokens, heads, size)
     log_sum = query.new_empty(heads, tokens, dtype=torch.float32)
@@ -241,7 +241,8 @@ def _by_distance(sums: Tensor, longest: int) -> Tensor:
     # A tile's later distances are the next tile's earlier ones.
     joined = functional.pad(halves[:, :, 0], (0, 0, 0, 1)) + functional.pad(halves[:, :, 1], (0, 0, 1, 0))
     first = (diagonals + 1) // 2 * block - longest
-    return joined.flatten(1)[:, first : first + 2 * longest - 1]
+    # Contiguous, as the fake kernel says: compiled code relies on it.
+    return joined.flatten(1)[:, first : first + 2 * longest - 1].contiguous()
 
 
 @_attend_backward.register_fake
