@@ -1,0 +1,173 @@
+"""How each system of the race loads a model for training, as its own documentation has a user do it.
+
+`prepare(system)` must come before torch and transformers are imported; `load` gives the model and its trainer's parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
+    from benchmarks.shapes import LORA_TARGETS
+else:
+    from shapes import LORA_TARGETS
+
+PEERS = {"st-sdpa": "sdpa", "st-fa2": "flash_attention_2", "st-fa2-compile": "flash_attention_2", "unsloth": None}
+"""The peers, with the attention that Sentence Transformers is told to use."""
+OURS = "burnish"
+MODES = ("lora16", "qlora4", "full", "full-bf16")
+RANK, ALPHA = 32, 64
+
+
+@dataclass(slots=True)
+class Arm:
+    """A system, ready to train: its model, trainer, arguments and loss classes, and which backend runs the step."""
+
+    model: Any
+    trainer: Any
+    arguments: Any
+    backend: str | None
+
+
+def ours(system: str) -> bool:
+    """Whether a system is Burnish: "burnish", or "burnish-BACKEND"."""
+    return system == OURS or system.startswith(f"{OURS}-")
+
+
+def prepare(system: str) -> None:
+    """What a system needs before torch and transformers are imported.
+
+    Raises:
+        SystemExit: If there is no such system.
+    """
+    if not ours(system) and system not in PEERS:
+        raise SystemExit(f"no system {system!r}; there are {', '.join(PEERS)}, {OURS} and {OURS}-BACKEND")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if ours(system):
+        return
+    # The peers' collators tokenise in forked workers, where a parallel tokenizer would wait for ever.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if system != "st-sdpa":
+        sys.path.insert(0, str(Path(__file__).with_name("flash_attn_shim")))
+    if system == "unsloth":
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        import_module("unsloth")  # it patches what is imported after it
+
+
+def master_dtype(given: Namespace) -> Any:
+    """The dtype that the weights are kept in. Full: float32 masters in every arm. A CPU trains in float32."""
+    import torch
+
+    return torch.float32 if given.mode == "full" or given.device == "cpu" else torch.bfloat16
+
+
+_ahead: list[Any] = []  # the model that `load_ahead` has loaded
+
+
+def load_ahead(path: Path, given: Namespace) -> None:
+    """Load what can be loaded on the CPU, and only import where a system loads onto the GPU by itself."""
+    if ours(given.system):
+        import burnish
+
+        _ = burnish.FastSentenceTransformer, burnish.Trainer
+    elif given.system != "unsloth" and given.mode != "qlora4":
+        _ahead.append(_stock(path, given))
+
+
+def load(path: Path, given: Namespace) -> Arm:
+    """The model at `path`, ready to train in the mode that is asked for."""
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    if ours(given.system):
+        return _burnish(path, given)
+    if given.system == "unsloth":
+        model = _unsloth(path, given)
+    else:
+        model = _ahead.pop() if _ahead else _stock(path, given)
+        if given.mode != "qlora4":
+            model.to(given.device)
+    return Arm(model, SentenceTransformerTrainer, SentenceTransformerTrainingArguments, None)
+
+
+def _targets(path: Path) -> list[str]:
+    return LORA_TARGETS[json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]]
+
+
+def _stock(path: Path, given: Namespace) -> Any:
+    """Sentence Transformers with PEFT."""
+    import torch
+    from peft import LoraConfig
+    from sentence_transformers import SentenceTransformer
+    from transformers import BitsAndBytesConfig
+
+    settings: dict[str, Any] = {"attn_implementation": PEERS[given.system], "dtype": master_dtype(given)}
+    device: str | None = "cpu"
+    if given.mode == "qlora4":
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # type: ignore[no-untyped-call]
+        device = None
+    model = SentenceTransformer(str(path), model_kwargs=settings, device=device)
+    model.max_seq_length = given.seq
+    if not given.mode.startswith("full"):
+        lora = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=_targets(path), task_type="FEATURE_EXTRACTION"
+        )
+        model.add_adapter(lora)
+    return model
+
+
+def _unsloth(path: Path, given: Namespace) -> Any:
+    """Unsloth's FastSentenceTransformer."""
+    kind = import_module("unsloth").FastSentenceTransformer
+    full = given.mode.startswith("full")
+    checkpointing = "unsloth" if given.checkpointing else False
+    model = kind.from_pretrained(
+        str(path),
+        max_seq_length=given.seq,
+        dtype=master_dtype(given),
+        full_finetuning=full,
+        load_in_4bit=given.mode == "qlora4",
+        load_in_16bit=given.mode == "lora16",
+        use_gradient_checkpointing=checkpointing,
+    )
+    if full:
+        return model
+    return kind.get_peft_model(
+        model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, bias="none", target_modules=_targets(path),
+        task_type="FEATURE_EXTRACTION", use_gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+
+
+def _burnish(path: Path, given: Namespace) -> Arm:
+    """Burnish. Dense layers after the pooling train under an adapter too, as they do in the other arms."""
+    from burnish import FastSentenceTransformer, Trainer, TrainingArguments
+
+    full = given.mode.startswith("full")
+    model = FastSentenceTransformer.from_pretrained(
+        str(path),
+        max_seq_length=given.seq,
+        dtype=master_dtype(given),
+        load_in_4bit=given.mode == "qlora4",
+        full_finetuning=full,
+        use_gradient_checkpointing=given.checkpointing,
+        backend=given.backend,
+        device=given.device,
+    )
+    if not full:
+        dense = ["Dense"] if any(type(module).__name__ == "Dense" for module in model.children()) else None
+        model = FastSentenceTransformer.get_peft_model(
+            model, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=_targets(path), modules_to_save=dense
+        )
+    assert model.burnish is not None
+    return Arm(model, Trainer, TrainingArguments, model.burnish.decision.backend.spec.name)

