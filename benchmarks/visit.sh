@@ -25,7 +25,7 @@ mkdir -p "$SITE" "$work/source" "$work/here"
 
 export BURNISH_COMMIT=${BURNISH_COMMIT:-$(git -C "$root" rev-parse --short=12 HEAD 2>/dev/null || true)}
 # Built from a copy: pip leaves its own folders in what it builds.
-tar -C "$root" --exclude=.git --exclude='.venv*' --exclude=.carry --exclude=build -cf - . | tar -C "$work/source" -xf -
+tar -C "$root" --exclude='./.*' --exclude=./site --exclude=./build --exclude=__pycache__ -cf - . | tar -C "$work/source" -xf -
 "$python" -m pip install -q --no-deps --no-build-isolation --target "$SITE" "$work/source"
 for folder in ${WHEELS:-}; do
     for wheel in "$folder"/*.whl "$folder"/*.zip; do
