@@ -1,0 +1,274 @@
+"""Run many cells under one time budget, each in a process of its own, the systems of one cell next to each other.
+
+    python benchmarks/grid.py --out results.jsonl --budget 540 \\
+        'st-fa2,unsloth,burnish bge-large-en-v1.5 lora16 512 32 fixed' \\
+        'st-fa2,burnish all-MiniLM-L6-v2 full 128 64 natural --warmup 30 --each 300'
+
+A cell is 'SYSTEMS MODEL MODE SEQ BATCH LENGTHS', and options of cell.py after it; --each is its limit in seconds.
+`--cells FILE` has one a line; `--options='…'` hold for all. While a cell runs, the next one imports, builds its model
+and waits at a gate until the GPU is free: timings never overlap.
+
+Every outcome is a line of the file, a failure with its reason. Only lines of one run are ever compared, so a cell of
+which one run holds every system is skipped, and any other is run as a whole; `--run ID` goes on with a run that broke
+off on this same machine. What the budget leaves out is named at the end: exit code 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks import cell as cells
+else:
+    import cell as cells
+
+Line = dict[str, Any]
+LEAST = 15
+"""Seconds of budget below which no cell is let through the gate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One cell and the systems that are timed on it."""
+
+    systems: tuple[str, ...]
+    options: tuple[str, ...]
+    each: float
+    where: Line = field(hash=False)
+
+    def key(self, system: str) -> tuple[Any, ...]:
+        """What says that a line of the file is this cell of that system."""
+        return tuple({**self.where, "system": system}[name] for name in cells.KEY)
+
+
+def group(text: str, each: float, extra: Sequence[str] = ()) -> Group:
+    """Read a cell as it is written on the command line; `extra` are options of cell.py that hold for every cell.
+
+    Raises:
+        SystemExit: If it is not one, whatever it lacks.
+    """
+    systems, *rest = shlex.split(text)
+    if len(rest) < 5:
+        raise SystemExit(f"not a cell: {text!r}. Write SYSTEMS MODEL MODE SEQ BATCH LENGTHS [options]")
+    names = ("--model", "--mode", "--seq", "--batch", "--lengths")
+    options = [part for pair in zip(names, rest[:5], strict=True) for part in pair] + rest[5:]
+    if "--each" in options:
+        place = options.index("--each")
+        each = float(options[place + 1])
+        del options[place : place + 2]
+    known = vars(cells.given_cell([*options, *extra, "--tokenizer", "-"]))
+    return Group(tuple(systems.split(",")), tuple(options), each, {name: known[name] for name in cells.KEY})
+
+
+def done_before(lines: Sequence[Line]) -> dict[tuple[Any, ...], set[str]]:
+    """Cell and system to the runs that have a line of it."""
+    found: dict[tuple[Any, ...], set[str]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[name] for name in cells.KEY), set()).add(line["run"])
+    return found
+
+
+def left_to_run(wanted: Group, lines: Sequence[Line], run: str) -> tuple[str, ...]:
+    """The systems of a cell that this run has to time: none if one run has them all."""
+    done = done_before(lines)
+    runs = [done.get(wanted.key(system), set()) for system in wanted.systems]
+    if set.intersection(*runs):
+        return ()
+    return tuple(system for system, had in zip(wanted.systems, runs, strict=True) if run not in had)
+
+
+class Child:
+    """A cell of one system in a process of its own, a session that is ended as a whole, data-loader processes too."""
+
+    def __init__(self, wanted: Group, system: str, extra: Sequence[str]) -> None:
+        self.wanted, self.system = wanted, system
+        self.entered = threading.Event()  # at the gate's other side, or dead
+        self.at_gate = 0.0
+        self._said: list[str] = []
+        self._started = time.monotonic()
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("cell.py")), "--system", system]
+        command += [*wanted.options, *extra, "--dump-after", str(max(5.0, wanted.each - 5))]
+        self._process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._said.append(line)
+            if line == "GATE\n":
+                self.at_gate = time.monotonic()
+                self.entered.set()
+        self.entered.set()
+
+    def finish(self, left: float) -> Line:
+        """Wait for its line: `left` seconds at most, and no longer beyond the gate than the cell's own limit."""
+        end = time.monotonic() + left
+        error = None
+        try:
+            self.entered.wait(left)
+            limit = min(end, (self.at_gate or end) + self.wanted.each)
+            self._process.wait(max(0.0, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            place = "beyond the gate" if self.at_gate else "before the gate"
+            error = f"no result in {time.monotonic() - (self.at_gate or self._started):.0f} s {place}"
+        self.end()
+        said = "".join(self._said)
+        now = time.monotonic()
+        spent = {
+            "wall_s": round(now - self._started, 1),
+            "gate_s": round(now - self.at_gate, 1) if self.at_gate else None,
+        }
+        for line in self._said:
+            if line.startswith("RESULT "):
+                return {**json.loads(line.removeprefix("RESULT ")), **spent}
+        error = error or f"exit code {self._process.returncode}: {reason(said)}"
+        return {**self.wanted.where, "system": self.system, "error": error, "said": said[-2500:], **spent}
+
+    def end(self) -> None:
+        """End the process and all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join(5)
+
+
+def reason(said: str) -> str:
+    """The line of a traceback that names the error, or the last line there is."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Exit", "Interrupt"))]
+    return (named or lines or ["it said nothing"])[-1][:300]
+
+
+def shown(line: Line) -> str:
+    """A line for people."""
+    size = f"{line['seq']:5} x{line['batch']:<4}"
+    cell = f"{line['system']:18} {line['model']:23} {line['mode']:9} {line['lengths']:7} {size}"
+    if "error" in line:
+        return f"{cell}  FAILED after {line['wall_s']:.0f} s: {line['error']}"
+    steady = line["steady_ms_median"]
+    return (
+        f"{cell} {line['pairs_per_s']:9.1f} pairs/s {line['step_ms_median']:8.1f} ms "
+        f"(steady {'-' if steady is None else format(steady, '.1f')} in {line['steady_steps']} of {line['steps']})  "
+        f"{line['peak_gib']} GiB  first {line['first_step_s']:.1f} s, compile {line['compile_s']:.1f} s "
+        f"({line['cache']})  [{line['gate_s']:.0f} of {line['wall_s']:.0f} s]"
+    )
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a file; none if it is not there. A line that a killed run left half written is passed over, said."""
+    found = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            print(f"{path}, line {number}: not JSON, passed over", file=sys.stderr)
+    return found
+
+
+def append(path: Path, line: Line) -> None:
+    """Add a line, on a line of its own whatever stands before it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * torn + json.dumps(line) + "\n")
+
+
+def measured_machine(extra: Sequence[str]) -> Line:
+    """The device, its driver and its bfloat16 rate (None on a CPU), measured in a process of its own."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("cell.py")), "--rate", *extra]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    found: Line = json.loads(next(line for line in said if line.startswith("RESULT ")).removeprefix("RESULT "))
+    return found
+
+
+def run_all(queue: list[tuple[Group, str]], out: Path, end: float, stamp: Line, extra: Sequence[str]) -> list[str]:
+    """Run the cells in order until `end`, on the monotonic clock; returns those that were not run."""
+    waiting = list(queue)
+    children: list[Child] = []  # the one beyond the gate, and the one that gets ready meanwhile
+
+    def begin() -> None:
+        if waiting and end - time.monotonic() >= LEAST:
+            children.append(Child(*waiting.pop(0), extra))
+
+    try:
+        begin()
+        while children and end - time.monotonic() >= LEAST:
+            children[0].entered.wait(max(0.0, end - time.monotonic()))
+            begin()
+            line = {**stamp, **children[0].finish(max(0.0, end - time.monotonic()))}
+            children.pop(0)
+            line |= {"run": stamp["run"]}
+            append(out, line)
+            print(shown(line), flush=True)
+            if not children:
+                begin()
+        late = [(child.wanted, child.system) for child in children]
+    finally:
+        for child in children:
+            child.end()
+    return [f"{system} {' '.join(one.options)}" for one, system in [*late, *waiting]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is left; the exit code is 3 if the budget ended first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="CELL")
+    parser.add_argument("--cells", type=Path, help="a file with a cell on each line")
+    parser.add_argument("--out", type=Path, required=True, help="the file of JSON lines, which grows")
+    parser.add_argument(
+        "--options", default="", help="options of cell.py for every cell, as one text: --options='--steps 5'"
+    )
+    parser.add_argument("--budget", type=float, default=540, help="seconds for all of them")
+    parser.add_argument("--each", type=float, default=150, help="seconds for one, unless it says otherwise")
+    parser.add_argument("--run", help="go on with this run, on the same machine (default: a new one)")
+    given = parser.parse_args(arguments)
+    extra = shlex.split(given.options)
+    end = time.monotonic() + given.budget
+    texts = [*given.groups, *(given.cells.read_text(encoding="utf-8").splitlines() if given.cells else [])]
+    wanted = [group(text, given.each, extra) for text in texts if text.strip() and not text.lstrip().startswith("#")]
+    run = given.run or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    cells.HOME.mkdir(parents=True, exist_ok=True)
+    extra += ["--gate", str(cells.HOME / "gate")]
+    stamp = {**measured_machine(extra), "run": run}
+    rate = stamp["bf16_tflops"]
+    print(
+        f"run {run}: {len(wanted)} cells, {given.budget:.0f} s; {stamp['device']}, bfloat16 {rate or '-'} TFLOP/s",
+        flush=True,
+    )
+    extra += ["--run", run, *(["--tflops", f"{rate:.1f}"] if rate else [])]
+    queue = []
+    for place, one in enumerate(wanted):
+        systems = left_to_run(one, read(given.out), run)
+        queue += [
+            (one, system) for system in (systems if place % 2 == 0 else systems[::-1])
+        ]  # who goes first alternates
+    skipped = run_all(queue, given.out, end, stamp, extra)
+    for text in skipped:
+        print(f"NOT RUN, the budget is spent: {text}", flush=True)
+    return 3 if skipped else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
