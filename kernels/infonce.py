@@ -12,7 +12,7 @@ allowed, which is not so by default, products and passes take about as long as e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 TILE_BYTES = 64 * 2**20  # 4096 x 4096 in float32: enough for a GPU's products, little of its memory
-CPU_TILE_BYTES = 4 * 2**20  # stays in the cache: 4096 x 4096 x 384 on one core takes 0.83 to 0.88 s, with 64 MiB 1.04 s
+CPU_TILE_BYTES = 4 * 2**20  # stays in the cache: 4096 x 4096 x 384 on one core takes 0.75 s, with 64 MiB 0.86 s
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 
@@ -95,12 +95,20 @@ def tiled_infonce(
                 )
                 sums.setdefault(direction, []).append(part)
 
+        # With all queries and no weighting, those of a document to all queries are the transpose of the others.
+        transposed = "doc_to_query" in directions and len(ours) == len(queries)
+        transposed = transposed and _factors(0, hardness_mode, scale, strength) == (scale, scale)
         for place, column in enumerate(documents):
             others, same = _factors(place, hardness_mode, scale, strength)
-            add("query_to_doc", ours, column, others, same)
+            if place == 0 and transposed:
+                by_query, by_document = tiled_logsumexps(queries, column, factor=scale, tile_bytes=tile_bytes)
+                sums |= {"query_to_doc": [by_query], "doc_to_query": [by_document]}
+            else:
+                add("query_to_doc", ours, column, others, same)
             add("doc_to_doc", positives, column, scale, None)
         add("query_to_query", ours, queries, scale, None)
-        add("doc_to_query", positives, queries, scale, scale)
+        if not transposed:
+            add("doc_to_query", positives, queries, scale, scale)
         scores = (ours * positives).sum(-1) * scale
         if partition_mode == "joint":
             return _joined([part for parts in sums.values() for part in parts]) - scores
@@ -132,32 +140,44 @@ def tiled_logsumexp(
         (B,) float32, or float64 for float64 input; -inf where no cell is left. For the backward only it and the inputs
         are kept.
     """
-    if tile_bytes is None:
-        tile_bytes = CPU_TILE_BYTES if rows.device.type == "cpu" else TILE_BYTES
-    result: Tensor = _LogSumExp.apply(rows, columns, factor, slope, diagonal, on_diagonal, tile_bytes)  # type: ignore[no-untyped-call]
+    settings = (factor, diagonal, on_diagonal, _bytes(tile_bytes, rows))
+    result: Tensor = _LogSumExp.apply(rows, columns, slope, settings)  # type: ignore[no-untyped-call]
     return result
+
+
+def tiled_logsumexps(
+    rows: Tensor, columns: Tensor, *, factor: float, tile_bytes: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """log sum_j exp(f a_i . b_j) and log sum_i exp(f a_i . b_j) from the same tiles: four products, not eight.
+
+    Both directions of 4096 pairs of 384 on one CPU core, forward and backward: 0.82 s, one after the other 1.60 s.
+
+    Args:
+        rows, columns, factor, tile_bytes: As in `tiled_logsumexp`.
+
+    Returns:
+        (B,) and (M,).
+    """
+    settings = (factor, 0, factor, _bytes(tile_bytes, rows) // 2)  # a tile is held twice
+    by_row, by_column = _LogSumExps.apply(rows, columns, settings)  # type: ignore[no-untyped-call]
+    return by_row, by_column
+
+
+_Settings: TypeAlias = tuple[float, int, float | None, int]
+"""(factor, diagonal, on_diagonal, tile_bytes)"""
 
 
 class _LogSumExp(torch.autograd.Function):
     """See `tiled_logsumexp`. Maxima and sums run along with the tiles (Milakov and Gimelshein 2018, algorithm 3)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, factor: float, slope: float, diagonal: int, on_diagonal: float | None,
-        tile_bytes: int,
-    ) -> Tensor:  # fmt: skip
-        settings = (factor, diagonal, on_diagonal, tile_bytes)
-        wide = _wide(rows.dtype)
-        out = torch.empty(rows.shape[0], dtype=wide, device=rows.device)
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, slope: float, settings: _Settings) -> Tensor:
+        out = torch.empty(rows.shape[0], dtype=_wide(rows.dtype), device=rows.device)
         with torch.autocast(rows.device.type, enabled=False):
             for low, high, tiles in _tiles(rows, columns, *settings):
-                top = out.new_full((high - low,), -torch.inf)
-                total = torch.zeros_like(top)
+                top, total = _nothing(out[low:high])
                 for _, _, scores in tiles:
-                    higher = torch.maximum(top, scores.amax(1))
-                    base = _finite(higher)
-                    total = total * (top - base).exp() + scores.sub_(base[:, None]).exp_().sum(1)
-                    top = higher
+                    _add(top, total, scores, 1, scores)
                 out[low:high] = top + total.log()
         ctx.save_for_backward(rows, columns, out)
         ctx.slope, ctx.settings = slope, settings
@@ -184,7 +204,64 @@ class _LogSumExp(torch.autograd.Function):
                 if row_grad is not None:
                     row_grad[low:high].mul_(share[low:high, None])
         narrow = (None if made is None else made.to(rows.dtype) for made in (row_grad, column_grad))
-        return *narrow, None, None, None, None, None
+        return *narrow, None, None
+
+
+class _LogSumExps(torch.autograd.Function):
+    """See `tiled_logsumexps`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+        wide = _wide(rows.dtype)
+        by_row = torch.empty(rows.shape[0], dtype=wide, device=rows.device)
+        column_top, column_total = _nothing(torch.empty(columns.shape[0], dtype=wide, device=rows.device))
+        with torch.autocast(rows.device.type, enabled=False):
+            for low, high, tiles in _tiles(rows, columns, *settings):
+                top, total = _nothing(by_row[low:high])
+                spare = None
+                for first, last, scores in tiles:
+                    spare = torch.empty_like(scores) if spare is None or spare.shape != scores.shape else spare
+                    _add(top, total, scores, 1, spare)
+                    _add(column_top[first:last], column_total[first:last], scores, 0, scores)
+                by_row[low:high] = top + total.log()
+        by_column = column_top + column_total.log()
+        ctx.save_for_backward(rows, columns, by_row, by_column)
+        ctx.settings = settings
+        return by_row, by_column
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_share: Tensor, column_share: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns, by_row, by_column = ctx.saved_tensors
+        wide, slope = by_row.dtype, ctx.settings[0]
+        row_share, column_share = row_share * slope, column_share * slope
+        row_grad, column_grad = torch.zeros_like(rows, dtype=wide), torch.zeros_like(columns, dtype=wide)
+        with torch.autocast(rows.device.type, enabled=False):
+            for low, high, tiles in _tiles(rows, columns, *ctx.settings):
+                left = rows[low:high].to(wide)
+                spare = None
+                for first, last, scores in tiles:
+                    spare = torch.empty_like(scores) if spare is None or spare.shape != scores.shape else spare
+                    torch.sub(scores, by_row[low:high, None], out=spare)
+                    weights = scores.sub_(by_column[first:last]).exp_().mul_(column_share[first:last])
+                    weights.addcmul_(spare.exp_(), row_share[low:high, None])
+                    row_grad[low:high].addmm_(weights, columns[first:last].to(wide))
+                    column_grad[first:last].addmm_(weights.T, left)
+        return row_grad.to(rows.dtype), column_grad.to(columns.dtype), None
+
+
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum and the sum, relative to it, of no cells yet."""
+    return torch.full_like(like, -torch.inf), torch.zeros_like(like)
+
+
+def _add(top: Tensor, total: Tensor, scores: Tensor, along: int, room: Tensor) -> None:
+    """Take a tile into running maxima and sums, in place; `room`, of the tile's shape, is overwritten."""
+    higher = torch.maximum(top, scores.amax(along))
+    base = _finite(higher)
+    parts = torch.sub(scores, base.unsqueeze(along), out=room).exp_().sum(along)
+    total.mul_((top - base).exp()).add_(parts)
+    top.copy_(higher)
 
 
 def _tiles(
@@ -241,6 +318,13 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _finite(maxima: Tensor) -> Tensor:
     """0 in place of -inf, which a row without cells has: -inf less itself would be no number."""
     return maxima.masked_fill(maxima == -torch.inf, 0.0)
+
+
+def _bytes(asked: int | None, near: Tensor) -> int:
+    """Bytes of a tile."""
+    if asked is not None:
+        return asked
+    return CPU_TILE_BYTES if near.device.type == "cpu" else TILE_BYTES
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

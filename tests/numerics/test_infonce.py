@@ -14,8 +14,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.core.testing.operations import OPERATIONS
-from burnish.kernels.infonce import DIRECTIONS, HARDNESS_MODES, _tile_shape, tiled_infonce, tiled_logsumexp
+from burnish.kernels.infonce import (
+    DIRECTIONS,
+    HARDNESS_MODES,
+    _tile_shape,
+    tiled_infonce,
+    tiled_logsumexp,
+    tiled_logsumexps,
+)
 
+BOTH = ("query_to_doc", "doc_to_query")
 SIMILARITIES = {"cosine": cos_sim, "dot": dot_score}
 PARTITIONS = (
     (("query_to_doc",), "joint"),
@@ -172,6 +180,35 @@ def test_no_matrix_of_scores_is_held() -> None:
         run(dense, embeddings, **options)
 
 
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts products of matrices."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options, products",
+    [
+        ({}, 4),
+        ({"directions": BOTH}, 4),
+        ({"directions": BOTH, "partition_mode": "per_direction"}, 4),
+        ({"directions": BOTH, "hardness_mode": "hard_negatives", "hardness_strength": 1.0}, 4),
+        ({"directions": BOTH, "hardness_mode": "all_negatives", "hardness_strength": 1.0}, 8),
+        ({"directions": BOTH, "offset": 1, "rows": 8}, 8),
+        ({"directions": DIRECTIONS}, 12),
+    ],
+    ids=str,
+)
+def test_two_directions_share_their_products(options: dict[str, Any], products: int) -> None:
+    with Products() as mode:  # type: ignore[no-untyped-call]
+        run(tiled, texts(9, 1), **options)
+    assert mode.seen == products
+
+
 def test_only_a_number_a_row_is_kept_for_the_backward() -> None:
     kept: dict[int, int] = {}
 
@@ -180,9 +217,14 @@ def test_only_a_number_a_row_is_kept_for_the_backward() -> None:
         return tensor
 
     rows, columns = (values.requires_grad_() for values in texts(300, 1, 8))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        tiled_logsumexp(rows, columns, factor=1.0, slope=1.0)
-    assert sum(kept.values()) == (300 * 8 + 300 * 8 + 300) * 8
+    for numbers, operation in (
+        (300, lambda: tiled_logsumexp(rows, columns, factor=1.0, slope=1.0)),
+        (600, lambda: tiled_logsumexps(rows, columns, factor=1.0)),
+    ):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            operation()
+        assert sum(kept.values()) == (2 * 300 * 8 + numbers) * 8
 
 
 @pytest.mark.parametrize("rows, columns, cells", [(5, 5, 1), (5, 500, 100), (500, 5, 100), (64, 64, 64), (1, 1, 9)])
