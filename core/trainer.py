@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer as StockTrainer
 from sentence_transformers import SentenceTransformerTrainingArguments as StockArguments
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from . import stream
 from .contracts import StepContext
-from .errors import ModelError, PluginError
+from .errors import ConfigError, ModelError, PluginError
+from .feeding import feed, refusal
 from .inputs import said_of_prompts
 from .logged_loss import LoggedLoss
 from .model import Preparation, SentenceTransformer
@@ -25,13 +29,26 @@ if TYPE_CHECKING:
     from .contracts import Step
 
 
+@dataclass
 class TrainingArguments(StockArguments):
-    """Sentence Transformers' training arguments. On a CPU nothing is pinned: there is no device to copy to."""
+    """Sentence Transformers' training arguments, and one more.
+
+    On a CPU nothing is pinned: there is no device to copy to. On a GPU pinned batches are copied while it computes.
+
+    Args:
+        token_store: Whether texts are tokenised once, before the first step, and kept for other epochs and runs: True
+            (in the user's cache, or `BURNISH_CACHE`), a folder, or False.
+    """
+
+    token_store: bool | str = field(default=True, metadata={"help": "Tokenise once: True, False or a folder."})
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+        elif self.dataloader_pin_memory:
+            settings: Any = self.accelerator_config
+            settings.non_blocking = True
 
 
 class _Observers(TrainerCallback):
@@ -67,6 +84,7 @@ class Trainer(StockTrainer):
         self.engine: Step | None = None  # what the backend built, before its results are checked
         self._said: set[str] = set()
         self._logged = LoggedLoss()
+        self.tokenise_seconds = 0.0  # spent before the first step on texts that were not in the token store
         preparation = getattr(self.model, "burnish", None)
         if preparation is None:
             return
@@ -102,6 +120,38 @@ class Trainer(StockTrainer):
             self._step = self._build_step()
         loss = self._step(model, inputs, num_items_in_batch)
         return self._logged.filtered(loss, self.args) if loss.is_cuda else loss
+
+    def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super()._build_dataloader(dataset, batch_size, dataset_kind)
+        store = getattr(self.args, "token_store", True)
+        if dataset_kind != "train" or store is False or getattr(self.model, "burnish", None) is None:
+            return loader
+        if reason := refusal(self.model, dataset, self.data_collator):
+            self._say(f"texts are tokenised batch by batch: {reason}")
+            return loader
+        losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
+        alone = next((why for loss in losses if (why := stream.needs_columns(loss))), None)
+        if type(self).compute_loss is not Trainer.compute_loss:
+            alone = f"{type(self).__name__} has a compute_loss of its own"
+        folder = store if isinstance(store, str) else None
+        try:
+            found = feed(self.model, dataset, self.data_collator, folder=folder, joint=alone is None, say=self._say)
+        except ConfigError as error:
+            if folder is not None:
+                raise
+            self._say(f"texts are tokenised batch by batch: {error}")
+            return loader
+        if alone or found.prompts:
+            self._say(f"each column is embedded by itself: {alone or found.prompts}")
+        self.tokenise_seconds += found.seconds
+        self._say(found.said())
+        if found.is_streamed:  # else accelerate would cut one row, which a stream is, into rows for each process
+            self.accelerator.dataloader_config.dispatch_batches = False
+        model: Any = self.model
+        if model.burnish.decision.backend.spec.few_shapes:
+            bound = stream.fit_octave(model.max_seq_length)
+            found.collator.fit, found.collator.fit_longest = stream.fit_eighths, partial(max, bound)
+        return found.loader(loader)
 
     def compute_loss(
         self,

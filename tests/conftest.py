@@ -15,6 +15,7 @@ _HOME = tempfile.mkdtemp(prefix="burnish-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ.update(
     HF_HOME=_HOME,
+    BURNISH_CACHE=f"{_HOME}/burnish",
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     DO_NOT_TRACK="1",

@@ -1,0 +1,262 @@
+"""Texts tokenised once, in parallel, into memory-mapped Arrow files that later runs find again.
+
+A store holds the token ids of one column of texts. Its name is a hash over the texts themselves, the tokenizer with all
+its settings, the prompt and the longest length: a changed text or tokenizer never meets old tokens, and another run or
+data set with the same column finds them. Texts are read and written in chunks, so that a data set larger than memory
+goes through.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import xxhash
+from numpy.typing import NDArray
+
+from .errors import ConfigError, DataError
+from .files import atomic_folder, discard
+
+if TYPE_CHECKING:
+    from .tokenising import Recipe
+
+Ids: TypeAlias = "NDArray[np.int32]"
+
+CHUNK = 16_384
+"""Texts in a record batch: what is in memory at a time while a store is written."""
+LIMIT = 50 * 2**30
+"""Bytes of all stores; beyond them the least recently used go."""
+_FORMAT = 1
+_FILE, _ABOUT, _LOCKS = "tokens.arrow", "about.json", ".locks"
+_SCHEMA = pa.schema([pa.field("tokens", pa.large_list(pa.int32()))])
+
+
+@dataclass(slots=True)
+class TokenColumn:
+    """The token ids of one column's texts, in a file that is mapped where they are read. Pickled, it is a path.
+
+    Args:
+        path: The Arrow file: one column "tokens" of lists of int32, `CHUNK` texts in each batch.
+        seconds: What tokenising took; 0.0 where the file was there.
+    """
+
+    path: Path
+    seconds: float = 0.0
+    _chunks: list[tuple[NDArray[np.int64], Ids]] | None = None
+
+    def __len__(self) -> int:
+        return sum(len(bounds) - 1 for bounds, _ in self._mapped())
+
+    def __getitem__(self, row: int) -> Ids:
+        """(length,) token ids of one text, a view of the file."""
+        bounds, values = self._mapped()[row // CHUNK]
+        place = row % CHUNK
+        return values[bounds[place] : bounds[place + 1]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all texts together."""
+        return sum(int(bounds[-1] - bounds[0]) for bounds, _ in self._mapped())
+
+    def lengths(self) -> NDArray[np.int64]:
+        """(texts,) tokens of each text."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(bounds) for bounds, _ in self._mapped())])
+
+    def _mapped(self) -> list[tuple[NDArray[np.int64], Ids]]:
+        if self._chunks is None:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            chunks = [reader.get_batch(number).column(0) for number in range(reader.num_record_batches)]
+            self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+        return self._chunks
+
+    def __getstate__(self) -> tuple[Path, float]:
+        return self.path, self.seconds  # a loader's worker maps the file itself
+
+    def __setstate__(self, state: tuple[Path, float]) -> None:
+        self.path, self.seconds = state
+        self._chunks = None
+
+
+def store_folder(asked: str | os.PathLike[str] | None = None) -> Path:
+    """`asked`, else `$BURNISH_CACHE/tokens`, else `$XDG_CACHE_HOME/burnish/tokens`, else `~/.cache/burnish/tokens`.
+
+    Raises:
+        ConfigError: If there is no home folder to put it in.
+    """
+    if asked:
+        return Path(asked)
+    if explicit := os.environ.get("BURNISH_CACHE"):
+        return Path(explicit) / "tokens"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "burnish" / "tokens"
+    try:
+        return Path.home() / ".cache" / "burnish" / "tokens"
+    except RuntimeError as error:
+        raise ConfigError("there is no home folder", where="token store", fix="Set BURNISH_CACHE") from error
+
+
+def texts_in_chunks(dataset: Any, column: str) -> Iterator[Any]:
+    """The texts of a column in the order of its rows, as Arrow arrays of large strings, `CHUNK` at a time.
+
+    Args:
+        dataset: A `datasets.Dataset`; whatever its format, the texts are those that it holds.
+        column: A column of strings.
+
+    Raises:
+        DataError: If a text is missing.
+    """
+    rows = dataset.with_format("arrow", columns=[column])
+    for start in range(0, len(dataset), CHUNK):
+        texts = rows[start : start + CHUNK].column(0).cast(pa.large_string()).combine_chunks()
+        if isinstance(texts, pa.ChunkedArray):
+            texts = pa.concat_arrays(texts.chunks)
+        if texts.null_count:
+            row = start + int(np.flatnonzero(texts.is_null().to_numpy(zero_copy_only=False))[0])
+            raise DataError("there is no text", where=f"row {row} of column {column}", fix="Leave the row out")
+        yield texts
+
+
+def content_hash(dataset: Any, column: str) -> str:
+    """A hash over the texts of a column in their order, 128 bits, whatever pieces Arrow holds them in."""
+    digest = xxhash.xxh3_128()
+    for texts in texts_in_chunks(dataset, column):
+        _, offsets, data = texts.buffers()
+        bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        digest.update(np.diff(bounds).tobytes())  # "ab", "c" and "a", "bc" are other texts
+        if data is not None:
+            digest.update(memoryview(data)[int(bounds[0]) : int(bounds[-1])])
+    return f"{digest.hexdigest()} {len(dataset)}"
+
+
+def token_column(dataset: Any, column: str, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> TokenColumn:
+    """The column's tokens: from their store where there is one, else tokenised into it now.
+
+    Of several processes that want one store at once, one tokenises and the others wait for it.
+
+    Args:
+        dataset: A `datasets.Dataset`.
+        column: A column of strings.
+        recipe: How they are tokenised.
+        folder: Of all stores: from `store_folder`.
+        say: Told, in one line, of a damaged store or of deleted ones.
+
+    Raises:
+        ConfigError: If the folder cannot be written to.
+        BurnishError: If the disk is full.
+        DataError: If a text is missing.
+    """
+    from filelock import FileLock
+
+    key = xxhash.xxh3_128_hexdigest(f"{_FORMAT} {content_hash(dataset, column)} {recipe.key}".encode())
+    place = folder / key
+    if _whole(place, say):
+        return TokenColumn(place / _FILE)
+    lock = FileLock(folder / _LOCKS / key)
+    try:
+        (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        fix = "Set BURNISH_CACHE to a folder that you may write to"
+        raise ConfigError(f"cannot be written to ({error.strerror or error})", where=str(folder), fix=fix) from error
+    try:
+        if _whole(place, say):  # another process made it while this one waited
+            return TokenColumn(place / _FILE)
+        started = time.perf_counter()
+        _write(dataset, column, recipe, place)
+        made = TokenColumn(place / _FILE, time.perf_counter() - started)
+    finally:
+        lock.release()
+    make_room(folder, keep=place, say=say)
+    return made
+
+
+def _write(dataset: Any, column: str, recipe: Recipe, place: Path) -> None:
+    tokens = 0
+    with atomic_folder(place) as staging:
+        file = staging / _FILE
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+            for texts in texts_in_chunks(dataset, column):
+                values, lengths = recipe.tokenise(texts.to_pylist())
+                bounds = np.zeros(len(lengths) + 1, np.int64)
+                np.cumsum(lengths, out=bounds[1:])
+                lists = pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(values))
+                writer.write_batch(pa.record_batch([lists], schema=_SCHEMA))
+                tokens += len(values)
+        about = {"texts": len(dataset), "tokens": tokens, "digest": _digest(file)}
+        about |= {"column": column, "tokenizer": recipe.name, "prompt": recipe.prompt, "longest": recipe.max_length}
+        (staging / _ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _digest(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _whole(place: Path, say: Callable[[str], None]) -> bool:
+    """Whether a store is there with every byte that was written; it counts as used now."""
+    try:
+        about = json.loads((place / _ABOUT).read_text(encoding="utf-8"))
+        whole = bool(_digest(place / _FILE) == about["digest"])
+    except FileNotFoundError:
+        if not place.exists():
+            return False
+        whole = False
+    except (ValueError, KeyError, TypeError):  # not the JSON that was written
+        whole = False
+    if not whole:
+        say(f"{place} is damaged: its texts are tokenised again")
+        return False
+    if os.access(place / _ABOUT, os.W_OK):  # another user's store keeps its own time
+        os.utime(place / _ABOUT)
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A store: its folder, its size in bytes, and when it was last used, in seconds since 1970."""
+
+    place: Path
+    size: int
+    used: float
+
+
+def stores(folder: Path) -> list[Stored]:
+    """The stores in a folder, the least recently used first."""
+    found = []
+    for about in folder.glob(f"*/{_ABOUT}"):
+        try:
+            size = sum(file.stat().st_size for file in about.parent.iterdir())
+            found.append(Stored(place=about.parent, size=size, used=about.stat().st_mtime))
+        except FileNotFoundError:  # another process has just deleted it
+            continue
+    return sorted(found, key=lambda store: store.used)
+
+
+def make_room(folder: Path, *, keep: Path, say: Callable[[str], None], limit: int | None = None) -> None:
+    """Delete the least recently used stores until all take at most `limit` bytes (None: `LIMIT`), but never `keep`."""
+    bound = LIMIT if limit is None else limit
+    found, gone = stores(folder), 0
+    size = sum(store.size for store in found)
+    for store in found:
+        if size > bound and store.place != keep:
+            try:
+                discard(store.place)
+            except OSError as error:
+                say(f"{store.place} cannot be deleted ({error.strerror or error})")
+                continue
+            (folder / _LOCKS / store.place.name).unlink(missing_ok=True)
+            size, gone = size - store.size, gone + 1
+    if gone:
+        say(
+            f"{gone} of the token stores in {folder} were deleted: together they are kept under {bound / 2**30:.0f} GiB"
+        )
