@@ -65,7 +65,7 @@ def compare(
     "options", [{}, {"causal": True}, {"window": 7}, {"causal": True, "window": 20, "scale": 0.3}], ids=str
 )
 def test_ragged_texts_equal_float64(options: dict[str, Any]) -> None:
-    found = compare((5, 0, 1, 37, 20), (2, 1), 24, **options)
+    found = compare((5, 0, 1, 35), (2, 1), 24, **options)
     assert all(values.abs().max() > 0.1 for values in found), "a gradient of nothing proves nothing"
 
 
@@ -74,10 +74,10 @@ def test_round_and_extreme_shapes_equal_float64(lengths: tuple[int, ...], size: 
     compare(lengths, (1, 1), size)
 
 
-@settings(max_examples=8, phases=(Phase.explicit, Phase.generate))  # interpreted, shrinking takes minutes
+@settings(max_examples=4, phases=(Phase.explicit, Phase.generate))  # interpreted, shrinking takes minutes
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any).map(tuple),
-    heads=st.sampled_from([(1, 1), (3, 3), (4, 2)]),
+    heads=st.sampled_from([(1, 1), (2, 2), (2, 1)]),
     size=st.sampled_from([16, 40]),
     extra=st.integers(0, 60),
     causal=st.booleans(),
