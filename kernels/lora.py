@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+# Columns that ride along are filled up to so many, 16 bytes of a 16-bit row: FlashAttention loads as much at once, and
+# reads the rows of a joint product where they lie.
+ALIGNED = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
@@ -136,14 +140,15 @@ class _LoraProduct(torch.autograd.Function):
             effective_weight(weight, down, up, scale, flat.dtype)
             for weight, down, up, scale in zip(weights, downs, ups, scales, strict=True)
         ]
-        rows = sum(weight.shape[0] for weight in weights)
-        joined = torch.cat([*made, *(down.to(flat.dtype) for down in downs)])
+        rows, ranks = sum(weight.shape[0] for weight in weights), sum(down.shape[0] for down in downs)
+        spare = flat.new_zeros(-ranks % ALIGNED, flat.shape[1])
+        joined = torch.cat([*made, *(down.to(flat.dtype) for down in downs), spare])
         if bias is not None:
             bias = torch.cat([bias, bias.new_zeros(len(joined) - rows)])
         with torch.autocast(flat.device.type, enabled=False):
             out = functional.linear(flat, joined, bias)
         # A copy, small: a view would keep all of `out` until the backward.
-        ctx.save_for_backward(flat, joined, out[:, rows:].clone(), *pairs)
+        ctx.save_for_backward(flat, joined, out[:, rows : rows + ranks].clone(), *pairs)
         ctx.scales = scales
         return out[:, :rows]
 
@@ -157,8 +162,10 @@ class _LoraProduct(torch.autograd.Function):
             scaled = [(up * scale).to(flat.dtype) for up, scale in zip(ups, ctx.scales, strict=True)]
             beside = scaled[0] if len(scaled) == 1 else _diagonal(scaled)
             if ctx.needs_input_grad[0]:
-                both = grad @ torch.cat([joined[: sum(widths)], beside], dim=1)
-                inputs, back = both[:, : flat.shape[1]], both[:, flat.shape[1] :]
+                size, rank = flat.shape[1], beside.shape[1]
+                spare = beside.new_zeros(len(beside), -rank % ALIGNED)
+                both = grad @ torch.cat([joined[: sum(widths)], beside, spare], dim=1)
+                inputs, back = both[:, :size], both[:, size : size + rank]
             else:
                 inputs, back = None, grad @ beside
             down_grads = torch.split(back.t() @ flat, ranks)

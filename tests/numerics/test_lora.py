@@ -184,3 +184,16 @@ def test_under_autocast_the_product_is_made_in_its_dtype() -> None:
     out.float().sum().backward()  # type: ignore[no-untyped-call]
     assert inputs.grad is not None and inputs.grad.dtype == torch.float32 and one.down.grad is not None
     assert float(one.down.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 12])
+def test_rows_of_a_joint_product_start_at_16_bytes(rank: int) -> None:
+    """FlashAttention loads 16 bytes at once: with rank 4 a row of 3 x 32 + 12 columns made it fault."""
+    adapters = [adapter(32, 16, rank, torch.bfloat16) for _ in range(3)]
+    inputs = torch.randn(7, 16).bfloat16().requires_grad_()
+    out = lora_linears(inputs, adapters)
+    assert all(part.stride(0) % 8 == 0 and part.storage_offset() % 8 == 0 for part in out)
+    caught: list[Tensor] = []
+    inputs.register_hook(caught.append)  # type: ignore[no-untyped-call]
+    torch.autograd.backward(out, [torch.randn_like(part) for part in out])
+    assert caught[0].stride(0) % 8 == 0 and float(caught[0].abs().sum()) > 0
