@@ -96,7 +96,8 @@ class Child:
 
     def __init__(self, wanted: Group, system: str, extra: Sequence[str]) -> None:
         self.wanted, self.system = wanted, system
-        self.entered = threading.Event()  # at the gate's other side, or dead
+        self.entered = threading.Event()  # beyond the gate, or dead
+        self.done = threading.Event()  # has printed its line, or is dead
         self.at_gate = 0.0
         self._said: list[str] = []
         self._started = time.monotonic()
@@ -120,21 +121,24 @@ class Child:
             if line == "GATE\n":
                 self.at_gate = time.monotonic()
                 self.entered.set()
+            elif line.startswith("RESULT "):
+                break  # the rest is a process that ends, which may take its time
         self.entered.set()
+        self.done.set()
 
-    def finish(self, left: float) -> Line:
-        """Wait for its line: `left` seconds at most, and no longer beyond the gate than the cell's own limit."""
-        end = time.monotonic() + left
+    def finish(self, end: float) -> Line | None:
+        """Wait for its line, or for its limit, which counts from now to the gate and again from there; None if `end`
+        on the monotonic clock comes first."""
         error = None
-        try:
-            self.entered.wait(left)
-            limit = min(end, (self.at_gate or end) + self.wanted.each)
-            self._process.wait(max(0.0, limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            place = "beyond the gate" if self.at_gate else "before the gate"
-            error = f"no result in {time.monotonic() - (self.at_gate or self._started):.0f} s {place}"
+        for event, place in ((self.entered, "at the gate"), (self.done, "beyond the gate")):
+            began = self.at_gate if event is self.done else time.monotonic()
+            limit = began + self.wanted.each
+            if not event.wait(max(0.0, min(end, limit) - time.monotonic())):
+                if end < limit:
+                    return None
+                error = f"no result {place} in {self.wanted.each:.0f} s"
+                break
         self.end()
-        said = "".join(self._said)
         now = time.monotonic()
         spent = {
             "wall_s": round(now - self._started, 1),
@@ -143,11 +147,14 @@ class Child:
         for line in self._said:
             if line.startswith("RESULT "):
                 return {**json.loads(line.removeprefix("RESULT ")), **spent}
+        said = "".join(self._said)
         error = error or f"exit code {self._process.returncode}: {reason(said)}"
         return {**self.wanted.where, "system": self.system, "error": error, "said": said[-2500:], **spent}
 
     def end(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all that it started; one that has closed its output gets a moment to say how it ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0 if self.done.is_set() else 0.0)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -203,23 +210,30 @@ def measured_machine(extra: Sequence[str]) -> Line:
     return found
 
 
-def run_all(queue: list[tuple[Group, str]], out: Path, end: float, stamp: Line, extra: Sequence[str]) -> list[str]:
-    """Run the cells in order until `end`, on the monotonic clock; returns those that were not run."""
+def run_all(queue: Sequence[tuple[Group, str]], out: Path, end: float, stamp: Line, extra: Sequence[str]) -> list[str]:
+    """Run the cells in order until `end`, on the monotonic clock; returns those that were not run, or cut off."""
     waiting = list(queue)
     children: list[Child] = []  # the one beyond the gate, and the one that gets ready meanwhile
 
+    def left() -> float:
+        return max(0.0, end - time.monotonic())
+
     def begin() -> None:
-        if waiting and end - time.monotonic() >= LEAST:
-            children.append(Child(*waiting.pop(0), extra))
+        if waiting and left() >= LEAST:
+            children.append(Child(*waiting[0], extra))
+            del waiting[0]
 
     try:
         begin()
-        while children and end - time.monotonic() >= LEAST:
-            children[0].entered.wait(max(0.0, end - time.monotonic()))
-            begin()
-            line = {**stamp, **children[0].finish(max(0.0, end - time.monotonic()))}
+        while children and left() >= LEAST:
+            children[0].entered.wait(min(left(), children[0].wanted.each))
+            if stamp["device"] != "cpu":  # there, getting ready would take what is being timed
+                begin()
+            line = children[0].finish(end)
+            if line is None:
+                break
             children.pop(0)
-            line |= {"run": stamp["run"]}
+            line = {**stamp, **line, "run": stamp["run"]}
             append(out, line)
             print(shown(line), flush=True)
             if not children:

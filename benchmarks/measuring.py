@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -111,14 +112,21 @@ def commit() -> str:
     return found + "+" * bool(_said("git", "-C", root, "status", "--porcelain", "-uno")) if found else "unknown"
 
 
-def machine(device: str) -> dict[str, str | None]:
-    """The device and its driver."""
-    if device != "cuda":
-        return {"device": device, "driver": None}
-    import torch
+def machine(device: str) -> dict[str, Any]:
+    """The device and its driver, the processor, its cores that are ours, and how many processes wanted one of late."""
+    found: dict[str, Any] = {"device": device, "driver": None}
+    if device == "cuda":
+        import torch
 
-    driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {"device": torch.cuda.get_device_name(), "driver": driver.split("\n")[0] or None}
+        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found = {"device": torch.cuda.get_device_name(), "driver": driver.split("\n")[0] or None}
+    named = [line for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith("model name")]
+    processor = named[0].split(":", 1)[1].strip() if named else platform.machine()
+    return {**found, "cpu": processor, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _said(*command: str) -> str:
