@@ -24,9 +24,9 @@ Operation: TypeAlias = Callable[..., Tensor]
 """`tiled_infonce`: queries, columns of documents and the loss's settings to the loss of each query."""
 
 LEAST_SCORES = 2**22
-"""From how many scores on a batch is tiled: 2048 x 2048. Forward and backward of the dense and the tiled loss, D = 384,
-on one CPU core: 14 and 16 ms for 512 pairs, 61 and 57 for 1024, 231 and 208 for 2048, 1196 and 882 for 4096. Memory is
-the reason for more: the dense loss holds about five matrices of scores, 80 MiB at this size."""
+"""From how many scores on a batch is tiled: 2048 x 2048, where both take as long. Forward and backward of the dense and
+the tiled loss on one CPU core, D = 384: 94 and 103 ms for 1024 pairs, 328 and 290 for 2048, 1670 and 1010 for 4096;
+D = 1024: 222 and 272, 718 and 751. The dense loss holds about five matrices of scores, 80 MiB at this size."""
 
 _SIMILARITIES = {cos_sim: "cosine", dot_score: "dot"}
 _SETTINGS = ("scale", "directions", "partition_mode", "hardness_mode", "hardness_strength")
