@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -231,6 +232,12 @@ def versions() -> str:
     return table(("Library", "Allowed", "Tested from", "to"), rows)
 
 
+def benchmarks() -> str:
+    """How often each goal is reached by the committed results."""
+    command = [sys.executable, str(DOCS.parent / "benchmarks" / "table.py")]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout.strip()
+
+
 def _pins(path: Path) -> dict[str, str]:
     lines = re.findall(r"^([\w.-]+)==(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {name.lower().replace("_", "-"): version for name, version in lines}
@@ -350,7 +357,7 @@ def _flag_default(flag: Any) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     part.__name__: part
-    for part in (options, hooks, values, types, operations, claims, checks, families, commands, versions)
+    for part in (options, hooks, values, types, operations, claims, checks, families, commands, versions, benchmarks)
 }
 
 
