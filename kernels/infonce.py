@@ -1,12 +1,12 @@
 """InfoNCE with in-batch negatives, tile by tile: the matrix of scores is never held.
 
-B: queries of this process, W: queries of all processes (W = B with one), D: embedding size, R x C: a tile of scores.
-
 Plain PyTorch, and no Triton: a tile costs four products of R x C x D (one forward; in the backward the scores again and
 one for each gradient), 8 R C D operations, and about 15 passes over R x C numbers for maxima, exponentials and sums, 60
 R C bytes. At D = 1024 in float32 that is 137 operations a byte, and an H100 does 67 Tera-operations a second in float32
 with 3.35 TB/s, 20 operations a byte: the products are 87% of the time, and they are cuBLAS's either way. (Where TF32 is
 allowed, which is not so by default, products and passes take about as long as each other.)
+
+B: queries of this process, W: queries of all processes (W = B with one), D: embedding size, R x C: a tile of scores.
 """
 
 from __future__ import annotations
