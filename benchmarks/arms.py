@@ -72,12 +72,13 @@ _ahead: list[Any] = []  # the model that `load_ahead` has loaded
 
 
 def load_ahead(path: Path, given: Namespace) -> None:
-    """Load what can be loaded on the CPU, and only import where a system loads onto the GPU by itself."""
+    """Load what needs no GPU, and import the rest: checks for FlashAttention and for 4 bits ask the GPU."""
+    import_module("sentence_transformers.sentence_transformer.trainer")
     if ours(given.system):
         import burnish
 
         _ = burnish.FastSentenceTransformer, burnish.Trainer
-    elif given.system != "unsloth" and given.mode != "qlora4":
+    elif given.system == "st-sdpa" and given.mode != "qlora4":
         _ahead.append(_stock(path, given))
 
 

@@ -153,12 +153,14 @@ def train(given: argparse.Namespace, scratch: Path, gate: Gate) -> dict[str, Any
     flops = measuring.training_flops(shapes.SHAPES[given.model].config(), lengths, given.mode.startswith("full"))
     arms.load_ahead(path, given)
     torch.set_num_threads(threads)
+    device: Any = torch.cuda
+    early = not gate.at and device.is_initialized()
     gate.enter()
     started = time.perf_counter()
     arm = arms.load(path, given)
     load_s = time.perf_counter() - started
     return {**timed(given, arm, scratch, data, lengths, flops / count * given.batch), "load_s": round(load_s, 1),
-            "start_s": round(started - born - gate.waited, 1)}  # fmt: skip
+            "start_s": round(started - born - gate.waited, 1), "gpu_before_gate": early}  # fmt: skip
 
 
 def timed(

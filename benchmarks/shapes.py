@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,4 +167,5 @@ def build(name: str, folder: Path, tokenizer: str, *, zero_dropout: bool = False
     part = place.with_name(f"{place.name}.part")
     SentenceTransformer(modules=[*modules, Normalize()], device="cpu").save_pretrained(str(part))
     part.replace(place)
+    shutil.rmtree(base)  # a model of 4 billion weights takes 8 GB
     return place
