@@ -73,6 +73,8 @@ _ahead: list[Any] = []  # the model that `load_ahead` has loaded
 
 def load_ahead(path: Path, given: Namespace) -> None:
     """Load what needs no GPU, and import the rest: checks for FlashAttention and for 4 bits ask the GPU."""
+    if given.system == "unsloth":  # it patches trainers while it loads: nothing of them comes before
+        return
     import_module("sentence_transformers.sentence_transformer.trainer")
     if ours(given.system):
         import burnish
@@ -84,8 +86,6 @@ def load_ahead(path: Path, given: Namespace) -> None:
 
 def load(path: Path, given: Namespace) -> Arm:
     """The model at `path`, ready to train in the mode that is asked for."""
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-
     if ours(given.system):
         return _burnish(path, given)
     if given.system == "unsloth":
@@ -94,6 +94,8 @@ def load(path: Path, given: Namespace) -> Arm:
         model = _ahead.pop() if _ahead else _stock(path, given)
         if given.mode != "qlora4":
             model.to(given.device)
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
     return Arm(model, SentenceTransformerTrainer, SentenceTransformerTrainingArguments, None)
 
 
