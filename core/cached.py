@@ -1,6 +1,6 @@
 """GradCache on a stream: a batch of any size with the activations of one chunk of tokens (Gao et al. 2021, section 3).
 
-Every chunk is embedded without a graph; the loss of all embeddings gives each its gradient; then every chunk is
+Every chunk is embedded and its graph dropped; the loss of all embeddings gives each its gradient; then every chunk is
 embedded again, with the random numbers it had, and its part of the gradient goes back through it. Sentence
 Transformers' cached losses do so in mini-batches of so many texts of one column; here a chunk is a stream of whole
 texts of any column, cut by tokens, and a batch that is one chunk is embedded once.
@@ -48,10 +48,11 @@ def loss_of(loss: nn.Module) -> LossOfEmbeddings | None:
     return lambda embeddings: inner.compute_loss_from_embeddings(embeddings, torch.empty(0))
 
 
-def budget_of(loss: nn.Module) -> int:
-    """The tokens of a chunk for a cached loss: its `mini_batch_num_tokens`, or `BUDGET` where it has none."""
+def budget_of(loss: Any, longest: int) -> int:
+    """The tokens of a chunk for a cached loss: its `mini_batch_num_tokens`; else `BUDGET`, or the `mini_batch_size`
+    texts of `longest` tokens that its mini-batch may hold, if they are fewer."""
     found = getattr(loss, "mini_batch_num_tokens", None)
-    return BUDGET if found is None else int(found)
+    return min(BUDGET, loss.mini_batch_size * longest) if found is None else int(found)
 
 
 def cached_step(
@@ -75,8 +76,8 @@ def cached_step(
         batch: A stream, with the keys of `stream.flatten`.
         loss_of_embeddings: The loss. Weights of its own get no gradient from more than one chunk.
         budget: Tokens of a chunk at most; a longer text is a chunk of its own.
-        no_sync: A context in which gradients are not exchanged between processes (`DistributedDataParallel`'s); all
-            chunks but the last run in it.
+        no_sync: A context in which gradients are not exchanged between processes (`DistributedDataParallel`'s); all but
+            the last forward and its backward run in it.
         filler, fit, fit_longest: How chunks are filled up to a few shapes, as in `stream.flatten`.
 
     Returns:
@@ -94,8 +95,11 @@ def cached_step(
     states, parts = [], []
     for chunk in chunks:
         states.append(_State.now(device))
-        with torch.no_grad(), _no_shared_casts():
-            parts.append(embed(chunk)[: sum(chunk[stream.COLUMNS])])
+        # With a graph, which dies here. Without one, compiled layers and attention may run other code than in the
+        # second forward, which rounds or draws otherwise, and would have to be compiled too. A copy, since a detached
+        # view holds what it is a view of, and that its graph.
+        with no_sync():
+            parts.append(embed(chunk)[: sum(chunk[stream.COLUMNS])].detach().clone())
     leaf = torch.cat(parts).requires_grad_(graph)
     loss = loss_of_embeddings(list(torch.split(leaf, list(counts))))
     if not graph:
@@ -108,6 +112,7 @@ def cached_step(
             with torch.enable_grad(), nullcontext() if last else no_sync(), state.again():
                 again = embed(chunk)[: len(gradient)]
                 torch.autograd.backward(again, (gradient * outer).to(again.dtype))
+                del again
 
     value = loss.detach().requires_grad_()
     value.register_hook(replay)  # type: ignore[no-untyped-call]
@@ -187,21 +192,10 @@ class _State:
         before, device_before = torch.get_rng_state(), _device_random(self.device)
         _set_random(self.device, self.random, self.device_random)
         try:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.enabled), _no_shared_casts():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.enabled):
                 yield
         finally:
             _set_random(self.device, before, device_before)
-
-
-@contextmanager
-def _no_shared_casts() -> Iterator[None]:
-    """Keep autocast's copies of weights inside a block: one made without a graph would cut off a later forward's. Torch
-    2.13 shares no such copy; nothing promises it."""
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
 
 
 def _device_random(device: torch.device) -> Tensor | None:
