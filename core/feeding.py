@@ -55,12 +55,13 @@ def refusal(model: Any, dataset: Any, collator: Any, stock_collator: type[Any] |
     for part in parts:
         if not isinstance(part, Dataset):
             return f"the data set is a {type(part).__name__}"
-        if (reason := _format_refusal(part)) or (reason := _column_refusal(part, collator)):
+        if (reason := format_refusal(part)) or (reason := _column_refusal(part, collator)):
             return reason
     return None
 
 
-def _format_refusal(dataset: Any) -> str | None:
+def format_refusal(dataset: Any) -> str | None:
+    """Why the rows of a `datasets.Dataset` are not simply what it holds; None if they are."""
     how = dataset.format
     if how["type"] in (None, "torch"):
         return None

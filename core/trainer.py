@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sentence_transformers import SentenceTransformerTrainer as StockTrainer
 from sentence_transformers import SentenceTransformerTrainingArguments as StockArguments
+from sentence_transformers.base.sampler import BatchSamplers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from . import stream
+from . import batching, stream
+from .cached import BUDGET, budget_of, cached_step, loss_of
 from .contracts import StepContext
 from .errors import ConfigError, ModelError, PluginError
 from .feeding import feed, refusal
@@ -23,6 +26,8 @@ from .inputs import said_of_prompts
 from .logged_loss import LoggedLoss
 from .model import Preparation, SentenceTransformer
 from .packing import needs_padding
+from .selection import choose_kernel
+from .tiled_loss import Undo, tile
 
 if TYPE_CHECKING:
     from .choices import BackendChoice
@@ -84,6 +89,7 @@ class Trainer(StockTrainer):
         self.engine: Step | None = None  # what the backend built, before its results are checked
         self._said: set[str] = set()
         self._logged = LoggedLoss()
+        self._chunks: dict[str, Any] = {}  # how a cached loss's chunks are filled up
         self.tokenise_seconds = 0.0  # spent before the first step on texts that were not in the token store
         preparation = getattr(self.model, "burnish", None)
         if preparation is None:
@@ -121,6 +127,14 @@ class Trainer(StockTrainer):
         loss = self._step(model, inputs, num_items_in_batch)
         return self._logged.filtered(loss, self.args) if loss.is_cuda else loss
 
+    def get_batch_sampler(self, dataset: Any, *args: Any, **keywords: Any) -> Any:
+        """As Sentence Transformers', with the same batches without duplicates found 30 times as fast."""
+        wanted = (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED)
+        labels = keywords.get("valid_label_columns")
+        if self.args.batch_sampler in wanted and batching.fits(dataset, labels):
+            return batching.NoDuplicates(dataset, *args, **keywords)
+        return super().get_batch_sampler(dataset, *args, **keywords)
+
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader[Any]:
         loader: DataLoader[Any] = super()._build_dataloader(dataset, batch_size, dataset_kind)
         store = getattr(self.args, "token_store", True)
@@ -129,8 +143,8 @@ class Trainer(StockTrainer):
         if reason := refusal(self.model, dataset, self.data_collator):
             self._say(f"texts are tokenised batch by batch: {reason}")
             return loader
-        losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
-        alone = next((why for loss in losses if (why := stream.needs_columns(loss))), None)
+        unsure = [loss for loss in self._losses() if loss_of(loss) is None]
+        alone = next((why for loss in unsure if (why := stream.needs_columns(loss))), None)
         if type(self).compute_loss is not Trainer.compute_loss:
             alone = f"{type(self).__name__} has a compute_loss of its own"
         folder = store if isinstance(store, str) else None
@@ -151,6 +165,7 @@ class Trainer(StockTrainer):
         if model.burnish.decision.backend.spec.few_shapes:
             bound = stream.fit_octave(model.max_seq_length)
             found.collator.fit, found.collator.fit_longest = stream.fit_eighths, partial(max, bound)
+        self._chunks = {name: getattr(found.collator, name) for name in ("filler", "fit", "fit_longest")}
         return found.loader(loader)
 
     def compute_loss(
@@ -160,10 +175,23 @@ class Trainer(StockTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of a batch, a scalar; of a stream, on the embeddings of one forward for all its columns."""
+        """The loss of a batch, a scalar; of a stream, on the embeddings of one forward for all its columns.
+
+        A cached loss embeds a stream in chunks of tokens (`core.cached`), twice where it is more than one.
+        """
         if stream.IDS in inputs:
-            embeddings = model(stream.model_inputs(inputs))["sentence_embedding"]
-            finished = stream.columns_of(embeddings, inputs[stream.COLUMNS])
+
+            def embed(batch: Mapping[str, Any]) -> Tensor:
+                embeddings: Tensor = model(stream.model_inputs(batch))["sentence_embedding"]
+                return embeddings
+
+            loss: Any = self.loss[inputs["dataset_name"]] if isinstance(self.loss, dict) else self.loss
+            if (of_embeddings := loss_of(loss)) is not None:
+                budget = budget_of(loss, self.model.max_seq_length or BUDGET)
+                alone = getattr(model, "no_sync", nullcontext)
+                value = cached_step(embed, inputs, of_embeddings, budget, no_sync=alone, **self._chunks)
+                return (value, {}) if return_outputs else value
+            finished = stream.columns_of(embed(inputs), inputs[stream.COLUMNS])
             inputs = {name: inputs[name] for name in ("label", "dataset_name") if name in inputs}
             for place, column in enumerate(finished):
                 inputs |= {f"column{place}_{name}": value for name, value in column.items()}
@@ -175,10 +203,25 @@ class Trainer(StockTrainer):
 
     def train(self, *args: Any, **keywords: Any) -> Any:
         """Train, as `SentenceTransformerTrainer.train`."""
+        undo = self._tile_losses()
         try:
             return super().train(*args, **keywords)
         finally:
             self._logged.restore(self.args, logging=True)
+            for one in undo:
+                one()
+
+    def _losses(self) -> list[nn.Module]:
+        return list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
+
+    def _tile_losses(self) -> list[Undo]:
+        """Have losses with in-batch negatives do without a matrix of scores where a batch is large."""
+        preparation = getattr(self.model, "burnish", None)
+        if preparation is None:
+            return []
+        decision = preparation.decision
+        choice = choose_kernel(decision.registry, decision.machine, "tiled_infonce")
+        return [] if choice is None else [tile(loss, choice.load()) for loss in self._losses()]
 
     def _say(self, line: str) -> None:
         if line not in self._said:
