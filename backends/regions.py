@@ -73,7 +73,6 @@ class Regions:
                     layer._compiled_call_impl = None
                     del layer._own_dtype
 
-
     def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _mark_tokens((args, kwargs))
         return self._compiled(layer, *args, **kwargs)
