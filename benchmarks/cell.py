@@ -201,6 +201,7 @@ def timed(
         "trained_parameters": sum(weight.numel() for weight in arm.model.parameters() if weight.requires_grad),
         "dtype": str(arms.master_dtype(given)).removeprefix("torch."),
         "workers": given.workers if cuda else 0,
+        "threads": torch.get_num_threads(),
         **measuring.machine(given.device),
         "versions": measuring.versions(),
         "burnish": measuring.commit(),
