@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -206,6 +208,17 @@ def test_gradients_are_exchanged_with_the_last_chunk_alone(still: Any) -> None:
 
     run(still, lambda: cached_step(embed, batch_of(still), ranking(still), 30, no_sync=no_sync))
     assert kept == [1] * (len(embed.graphs) - 1) and len(kept) > 2
+
+
+def test_processes_with_unlike_numbers_of_chunks(tmp_path: Path) -> None:
+    """Two of them, real ones: gradients are the mean over both, with embeddings gathered and without."""
+    script = Path(__file__).with_name("cached_processes.py")
+    ran = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    found = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*-*-*")}
+    for gather in (False, True):
+        assert [found[f"{gather}-0-{budget}"] for budget in (18, 10**6, 30)] == ["3", "1", "2"]
+        assert [found[f"{gather}-1-{budget}"] for budget in (18, 10**6, 30)] == ["8", "1", "4"]
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
