@@ -221,7 +221,8 @@ class Trainer(StockTrainer):
             return []
         decision = preparation.decision
         choice = choose_kernel(decision.registry, decision.machine, "tiled_infonce")
-        return [] if choice is None else [tile(loss, choice.load()) for loss in self._losses()]
+        losses = [loss for loss in self._losses() if isinstance(loss, nn.Module)]
+        return [] if choice is None else [tile(loss, choice.load()) for loss in losses]
 
     def _say(self, line: str) -> None:
         if line not in self._said:
