@@ -166,7 +166,7 @@ def token_column(dataset: Any, column: str, recipe: Recipe, folder: Path, say: C
         fix = "Set BURNISH_CACHE to a folder that you may write to"
         raise ConfigError(f"cannot be written to ({error.strerror or error})", where=str(folder), fix=fix) from error
     try:
-        if _whole(place, say):  # another process made it while this one waited
+        if _whole(place, lambda line: None):  # another process made it while this one waited; damage is told already
             return TokenColumn(place / _FILE)
         started = time.perf_counter()
         _write(dataset, column, recipe, place)
@@ -207,7 +207,7 @@ def _whole(place: Path, say: Callable[[str], None]) -> bool:
     try:
         about = json.loads((place / _ABOUT).read_text(encoding="utf-8"))
         whole = bool(_digest(place / _FILE) == about["digest"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if not place.exists():
             return False
         whole = False
