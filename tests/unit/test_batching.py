@@ -84,3 +84,44 @@ def test_only_plain_texts_fit() -> None:
     assert not fits(dataset.with_format(None, columns=["anchor"]), ["score"])
     assert not fits(dataset.to_iterable_dataset(), ["score"])
     assert not fits(Dataset.from_dict({"a": [["x", "y"]]}), [])
+
+
+ROWS, SIZE, EPOCHS = 48, 8, 400
+
+
+def meetings(kind: Any) -> np.ndarray[Any, Any]:
+    """(rows, rows) share of epochs in which two rows were in one batch."""
+    lengths = [row * 5 + 3 for row in range(ROWS)]
+    dataset = Dataset.from_dict({"anchor": [f"{row} {'x' * length}" for row, length in enumerate(lengths)]})
+    counts = np.zeros((ROWS, ROWS))
+    for epoch in range(EPOCHS):
+        for batch in batches(kind, dataset, SIZE, epoch=epoch):
+            counts[np.ix_(batch, batch)] += 1
+    return counts / EPOCHS
+
+
+class ByLength(NoDuplicates):
+    """What this repository does not do: batches composed by length inside shuffled windows of three batches."""
+
+    def __iter__(self) -> Any:
+        rows = [row for batch in super().__iter__() for row in batch]
+        for start in range(0, len(rows), 3 * SIZE):
+            window = sorted(rows[start : start + 3 * SIZE])  # a longer text has a higher number
+            yield from (window[first : first + SIZE] for first in range(0, len(window), SIZE))
+
+
+def test_how_often_two_rows_meet_does_not_depend_on_their_lengths() -> None:
+    """Negatives are the other rows of a batch: `docs/decisions/0007-batches-by-length.md`."""
+    expected = (SIZE - 1) / (ROWS - 1)
+    spread = (expected * (1 - expected) / EPOCHS) ** 0.5
+    apart = np.abs(np.subtract.outer(np.arange(ROWS), np.arange(ROWS)))
+
+    def close_and_far(shares: Any) -> tuple[float, float]:
+        return float(shares[(apart > 0) & (apart < 6)].mean()), float(shares[apart > 30].mean())
+
+    found = meetings(NoDuplicates)
+    off = np.abs(found - expected)[apart > 0]
+    assert off.max() < 5 * spread, "5 standard deviations, for 1,128 pairs"
+    assert close_and_far(found) == pytest.approx((expected, expected), rel=0.05)
+    close, far = close_and_far(meetings(ByLength))
+    assert close > 2 * expected and far < expected / 2, "this test would not see a bias"
