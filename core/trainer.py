@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -49,6 +50,11 @@ class TrainingArguments(StockArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if not isinstance(self.token_store, bool | str | os.PathLike) or self.token_store == "":
+            what = f"{self.token_store!r} is neither True, False nor a folder"
+            raise ConfigError(what, where="token_store", fix="Leave it out for the user's cache")
+        if not isinstance(self.token_store, bool):
+            self.token_store = os.fspath(self.token_store)  # arguments are written down as JSON
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         elif self.dataloader_pin_memory:

@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer import losses
 
 from burnish import FastSentenceTransformer, Trainer, TrainingArguments
 from burnish.core import stream
+from burnish.core.errors import ConfigError
 from burnish.core.testing.find import sample_config
 from burnish.core.testing.subject import Subject
 
@@ -249,3 +250,27 @@ def test_large_batches_are_tiled_in_training_and_the_loss_is_as_it_was_afterward
         both.append(run(model, PAIRS, loss, tmp_path)[0])
         assert bool(calls) == patched and "compute_loss_from_embeddings" not in vars(loss)
     assert both[0] == pytest.approx(both[1], rel=1e-5)
+
+
+def test_the_argument(tmp_path: Path) -> None:
+    given: Any = TrainingArguments(str(tmp_path), token_store=tmp_path / "tokens", use_cpu=True)  # type: ignore[arg-type]
+    assert (
+        given.to_dict()["token_store"] == str(tmp_path / "tokens")
+        and str(tmp_path / "tokens") in given.to_json_string()
+    )
+    assert TrainingArguments(str(tmp_path), use_cpu=True).token_store is True
+    with pytest.raises(ConfigError, match="token_store: 3 is neither True, False nor a folder"):
+        TrainingArguments(str(tmp_path), token_store=3, use_cpu=True)  # type: ignore[arg-type]
+
+
+def test_a_cache_that_cannot_be_written_costs_speed_and_not_the_run(
+    folder: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BURNISH_CACHE", str(tmp_path / "file" / "cache"))
+    model = load(folder)
+    train(model, Dataset.from_dict(PAIRS), losses.MultipleNegativesRankingLoss(model), tmp_path, max_steps=1)
+    assert "tokenised batch by batch: " in (said := capfd.readouterr().err) and "cannot be written to" in said
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        asked: dict[str, Any] = {"token_store": str(tmp_path / "file" / "cache"), "max_steps": 1}
+        train(model, Dataset.from_dict(PAIRS), losses.MultipleNegativesRankingLoss(model), tmp_path, **asked)
