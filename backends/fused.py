@@ -171,6 +171,8 @@ def _uncapturable(context: StepContext) -> str | None:
         # What a loss does on the host, a graph does not do again: ours and Sentence Transformers' are known.
         if not type(loss).__module__.startswith(("sentence_transformers.", "burnish.")):
             return f"{type(loss).__name__} is not a loss that Burnish knows to be the same in every step"
+        if any(hasattr(module, "mini_batch_size") for module in loss.modules()):
+            return f"{type(loss).__name__} cuts its batch on the host"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "gradients are exchanged between processes"
     if getattr(context.arguments, "gradient_checkpointing", False):
