@@ -178,7 +178,7 @@ def test_folders_of_anything_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source",
     (
-        *("train.jsonl", "data.csv.gz", "x.parquet", "./train", "../train", "/no/such", "~/none-such"),
+        *("train.jsonl", "data.csv.gz", "x.parquet", "./train", "../nowhere/train", "/no/such", "~/none-such"),
         *("a/b/c", "a\\b", "here/train"),
     ),
 )

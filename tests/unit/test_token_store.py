@@ -134,8 +134,9 @@ def _build(folder: Path, out: Any) -> None:
     out.put((recipe.calls, column.tokens))
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_of_processes_that_want_one_store_one_builds_it(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # one that is spawned cannot import this file under xdist
     out = context.Queue()
     builders = [context.Process(target=_build, args=(tmp_path, out)) for _ in range(2)]
     for builder in builders:
