@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.lora import FusedLora, adapter_of, fused_class
+from ..kernels.lora import adapter_of, fused_class
 
 # Each layer's dtype, mode and mask makes a variant of the compiled code; torch's own limit of 8 is for one function in
 # a program, and above it torch goes on uncompiled.
@@ -60,12 +60,12 @@ class Regions:
     def active(self) -> Iterator[None]:
         """Compiled layers and joined LoRA products for the length of a block."""
         with ExitStack() as stack:
-            stack.enter_context(fused_adapters(self.model))
+            joined = stack.enter_context(fused_adapters(self.model))
             stack.enter_context(_settings(self.memory_budget))
             layers: list[Any] = self.layers
             for layer in layers:
                 layer._compiled_call_impl = partial(self._run, layer)
-                layer._own_dtype = _own_dtype(layer)
+                layer._own_dtype = _own_dtype(layer, joined)
             try:
                 yield
             finally:
@@ -107,15 +107,9 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _own_dtype(layer: nn.Module) -> torch.dtype | None:
-    """The one 16-bit dtype that all of a layer's weights have, joined adapters apart; None where there is none."""
-    adapters = {
-        id(weight)
-        for module in layer.modules()
-        if isinstance(module, FusedLora) and (adapter := adapter_of(module)) is not None
-        for weight in (adapter.down, adapter.up)
-    }
-    dtypes = {weight.dtype for weight in layer.parameters() if id(weight) not in adapters}
+def _own_dtype(layer: nn.Module, joined: set[int]) -> torch.dtype | None:
+    """The one 16-bit dtype that all of a layer's weights have, those of `joined` apart; None where there is none."""
+    dtypes = {weight.dtype for weight in layer.parameters() if id(weight) not in joined}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
@@ -132,16 +126,21 @@ def _settings(memory_budget: float) -> Iterator[None]:
 
 
 @contextmanager
-def fused_adapters(model: nn.Module) -> Iterator[None]:
-    """Every plain LoRA layer of `model` as a product with its effective weight, for the length of a block."""
+def fused_adapters(model: nn.Module) -> Iterator[set[int]]:
+    """Every plain LoRA layer of `model` as a product with its effective weight, for the length of a block.
+
+    Yields the `id` of each adapter's A and B.
+    """
     changed: list[tuple[nn.Module, Any]] = []
+    joined: set[int] = set()
     try:
         for module in model.modules():
-            if hasattr(module, "lora_A") and adapter_of(module) is not None:
-                changed.append((module, type(module)))
+            if (adapter := adapter_of(module)) is not None:
                 kind: Any = type(module)
+                changed.append((module, kind))
+                joined |= {id(adapter.down), id(adapter.up)}
                 module.__class__ = fused_class(kind)
-        yield
+        yield joined
     finally:
         for module, kind in changed:
             module.__class__ = kind

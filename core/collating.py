@@ -22,7 +22,6 @@ from . import stream
 from .errors import DataError
 from .tokenising import Recipe
 
-Ids = NDArray[np.int32]
 Labels: TypeAlias = "NDArray[Any] | Sequence[Any] | None"
 
 AHEAD = 1_024
@@ -66,7 +65,7 @@ class Part:
 class Tokenised:
     """A row of a streamed data set: the tokens of each of its columns, and its label."""
 
-    columns: dict[str, Ids]
+    columns: dict[str, stream.Tokens]
     label: Any = None
 
 
@@ -129,7 +128,7 @@ class StreamCollator:
             labels = torch.cat([_labels(part.labels, [place]) for part, place in pairs])  # type: ignore[misc]
         return self._batch(first, columns, labels)
 
-    def _batch(self, part: Part, columns: list[list[Ids]], labels: Tensor | None) -> dict[str, Any]:
+    def _batch(self, part: Part, columns: list[list[stream.Tokens]], labels: Tensor | None) -> dict[str, Any]:
         batch: dict[str, Any] = {} if part.name is None else {"dataset_name": part.name}
         if labels is not None:
             batch["label"] = labels

@@ -26,14 +26,13 @@ from .token_store import store_folder, token_column
 from .tokenising import Recipe, why_not
 
 
-def refusal(model: Any, dataset: Any, collator: Any, stock_collator: type[Any] | None = None) -> str | None:
+def refusal(model: Any, dataset: Any, collator: Any) -> str | None:
     """Why a run's texts cannot be tokenised ahead; None if they can.
 
     Args:
         model: A SentenceTransformer.
         dataset: What the run trains on.
         collator: The run's collator.
-        stock_collator: Sentence Transformers' class of it; None for the one that its trainer uses.
     """
     from datasets import Dataset, DatasetDict  # type: ignore[import-untyped]
     from datasets import IterableDataset as Streamed
@@ -41,7 +40,7 @@ def refusal(model: Any, dataset: Any, collator: Any, stock_collator: type[Any] |
 
     if getattr(model, "burnish", None) is None or model.burnish.packed is None:
         return "the input is padded"
-    own: type[Any] = stock_collator or SentenceTransformerTrainer.data_collator_class
+    own: type[Any] = SentenceTransformerTrainer.data_collator_class
     kind: type[Any] = type(collator)
     if kind is not own or collator.preprocess_fn != model.preprocess:
         return "a data collator was given"

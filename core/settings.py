@@ -21,14 +21,23 @@ def config_folder() -> Path:
     Raises:
         ConfigError: If the user has no home folder, as some containers' users.
     """
-    if explicit := os.environ.get("BURNISH_CONFIG_DIR"):
+    return user_folder("config folder", "BURNISH_CONFIG_DIR", "XDG_CONFIG_HOME", ".config")
+
+
+def user_folder(what: str, own: str, shared: str, home: str) -> Path:
+    """A folder of the user's: what the variable `own` says, else `burnish` in `shared`'s, else in `home` at home.
+
+    Raises:
+        ConfigError: If the user has no home folder; `what` is how the error calls the folder.
+    """
+    if explicit := os.environ.get(own):
         return Path(explicit)
-    if shared := os.environ.get("XDG_CONFIG_HOME"):
-        return Path(shared) / "burnish"
+    if common := os.environ.get(shared):
+        return Path(common) / "burnish"
     try:
-        return Path.home() / ".config" / "burnish"
+        return Path.home() / home / "burnish"
     except RuntimeError as error:
-        raise ConfigError("there is no home folder", where="config folder", fix="Set BURNISH_CONFIG_DIR") from error
+        raise ConfigError("there is no home folder", where=what, fix=f"Set {own}") from error
 
 
 def _file() -> Path:

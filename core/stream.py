@@ -99,7 +99,7 @@ def _filled(length: int, bound: int, fit: Fit) -> tuple[int, int]:
 
 
 def fit_eighths(number: int) -> int:
-    """Up to the next of eight steps an octave, in multiples of 64: at most 12.5% more, 6% on average."""
+    """Up to the next of eight steps an octave, in multiples of 64: from 512 on at most 12.5% more, 6% on average."""
     step = max(64, 1 << max(0, (number - 1).bit_length() - 4))
     return -(-max(number, 1) // step) * step
 

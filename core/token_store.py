@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from .errors import ConfigError, DataError
 from .files import atomic_folder, discard
+from .settings import user_folder
+from .stream import Tokens
 
 if TYPE_CHECKING:
     from .tokenising import Recipe
-
-Ids: TypeAlias = "NDArray[np.int32]"
 
 CHUNK = 16_384
 """Texts in a record batch: what is in memory at a time while a store is written."""
@@ -49,12 +49,12 @@ class TokenColumn:
 
     path: Path
     seconds: float = 0.0
-    _chunks: list[tuple[NDArray[np.int64], Ids]] | None = None
+    _chunks: list[tuple[NDArray[np.int64], Tokens]] | None = None
 
     def __len__(self) -> int:
         return sum(len(bounds) - 1 for bounds, _ in self._mapped())
 
-    def __getitem__(self, row: int) -> Ids:
+    def __getitem__(self, row: int) -> Tokens:
         """(length,) token ids of one text, a view of the file."""
         bounds, values = self._mapped()[row // CHUNK]
         place = row % CHUNK
@@ -69,7 +69,7 @@ class TokenColumn:
         """(texts,) tokens of each text."""
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(bounds) for bounds, _ in self._mapped())])
 
-    def _mapped(self) -> list[tuple[NDArray[np.int64], Ids]]:
+    def _mapped(self) -> list[tuple[NDArray[np.int64], Tokens]]:
         if self._chunks is None:
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
             chunks = [reader.get_batch(number).column(0) for number in range(reader.num_record_batches)]
@@ -92,14 +92,7 @@ def store_folder(asked: str | os.PathLike[str] | None = None) -> Path:
     """
     if asked:
         return Path(asked)
-    if explicit := os.environ.get("BURNISH_CACHE"):
-        return Path(explicit) / "tokens"
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "burnish" / "tokens"
-    try:
-        return Path.home() / ".cache" / "burnish" / "tokens"
-    except RuntimeError as error:
-        raise ConfigError("there is no home folder", where="token store", fix="Set BURNISH_CACHE") from error
+    return user_folder("token store", "BURNISH_CACHE", "XDG_CACHE_HOME", ".cache") / "tokens"
 
 
 def texts_in_chunks(dataset: Any, column: str) -> Iterator[Any]:

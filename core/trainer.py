@@ -102,7 +102,7 @@ class Trainer(StockTrainer):
             return
         self._fit_input(preparation)
         if note := said_of_prompts(self.model, self.args):
-            print(f"burnish: {note}", file=sys.stderr)
+            self._say(note)
         if preparation.decision.registry.claimants("observer", "step_finished"):
             self.add_callback(_Observers(preparation))
 
@@ -110,8 +110,8 @@ class Trainer(StockTrainer):
         """Pad the input where packed input would be wrong, or refuse where it was asked for by name."""
         if preparation.packed is None:
             return
-        losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
-        reason = next((why for loss in losses if isinstance(loss, nn.Module) and (why := needs_padding(loss))), None)
+        losses = [loss for loss in self._losses() if isinstance(loss, nn.Module)]
+        reason = next((why for loss in losses if (why := needs_padding(loss))), None)
         if self.args.n_gpu > 1:
             reason = "DataParallel cuts a batch into rows; start one process a GPU with torchrun"
         if reason is None:
@@ -124,7 +124,7 @@ class Trainer(StockTrainer):
             )
         model: Any = self.model
         model.pad_inputs(reason)
-        print(f"burnish: input is padded for this run ({reason})", file=sys.stderr)
+        self._say(f"input is padded for this run ({reason})")
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch through the backend; returns the detached loss, a scalar."""
