@@ -91,17 +91,28 @@ class FusedStep:
     def _warm(self, key: Hashable, model: nn.Module, batch: Mapping[str, Any], items: Any) -> Tensor:
         """A shape's first step; it shows which parameters get gradients, and whether the host draws random numbers."""
         self.counts["warm-up"] += 1
-        before = {weight: weight.grad for weight in self._parameters if weight.grad is not None}
-        for weight in before:
-            weight.grad = None
+        before = {weight: weight.grad for weight in self._parameters}
+        trained: dict[nn.Parameter, None] = {}
+        hooks = []
+        for weight in self._parameters:
+            if not weight.requires_grad:
+                continue
+            if weight.grad is None and weight in self._gradients:  # rather than a second set of gradients
+                weight.grad = self._gradients[weight].zero_()
+            hooks.append(weight.register_post_accumulate_grad_hook(trained.setdefault))
         state = _host_random()
-        with self.regions.active():
-            loss = self.context.eager(model, batch, items)
+        try:
+            with self.regions.active():
+                loss = self.context.eager(model, batch, items)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for weight, grad in before.items():
+                if grad is None and weight not in trained:
+                    weight.grad = None
         if _host_random() != state:
             self._refused[key] = "the step draws random numbers on the host"
-        self._warmed[key] = [weight for weight in self._parameters if weight.grad is not None]
-        for weight, grad in before.items():
-            weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+        self._warmed[key] = list(trained)
         return loss
 
     def _capture(self, key: Hashable, model: nn.Module, batch: Mapping[str, Any], items: Any) -> Graph | None:
@@ -122,6 +133,7 @@ class FusedStep:
                 loss = self.context.eager(model, dict(inputs), items)
         except RuntimeError as error:
             _end_failed_capture()
+            self._pool = None  # torch takes it for one that is still being captured into
             self._refused[key] = f"this step cannot be captured ({str(error).splitlines()[0]})"
             return None
         finally:
@@ -130,6 +142,7 @@ class FusedStep:
         while len(self._graphs) >= GRAPHS:
             self._graphs.popitem(last=False)
         found = self._graphs[key] = Graph(graph, inputs, loss, trained)
+        torch.cuda.empty_cache()  # what the warm-up held, which the graph's own pool now holds again
         self.counts["captured"] += 1
         self.capture_seconds += time.perf_counter() - started
         return found

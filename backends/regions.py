@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..kernels.light_dropout import LightDropout
 from ..kernels.lora import adapter_of, fused_class
 
+# The share of a layer's activations that is kept for the backward, the cheapest to compute again left out first. Of a
+# layer of bge-large 0.7 leaves out the GELU: 753 in place of 1,071 MiB for 32,768 tokens, in less than 1% more time; at
+# 0.55 it is 610 MiB and 6% more.
+KEPT = 0.7
 # Each layer's dtype, mode and mask makes a variant of the compiled code; torch's own limit of 8 is for one function in
 # a program, and above it torch goes on uncompiled.
 VARIANTS = 64
@@ -46,7 +51,7 @@ class Regions:
             again are left out first (`torch._functorch.config.activation_memory_budget`).
     """
 
-    def __init__(self, model: nn.Module, memory_budget: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, memory_budget: float = KEPT) -> None:
         self.model = model
         self.layers = repeated_layers(model)
         self.memory_budget = memory_budget
@@ -58,9 +63,10 @@ class Regions:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Compiled layers and joined LoRA products for the length of a block."""
+        """Compiled layers, joined LoRA products and dropout without masks for the length of a block."""
         with ExitStack() as stack:
             joined = stack.enter_context(fused_adapters(self.model))
+            stack.enter_context(light_dropouts(self.layers))
             stack.enter_context(_settings(self.memory_budget))
             layers: list[Any] = self.layers
             for layer in layers:
@@ -131,16 +137,25 @@ def fused_adapters(model: nn.Module) -> Iterator[set[int]]:
 
     Yields the `id` of each adapter's A and B.
     """
-    changed: list[tuple[nn.Module, Any]] = []
-    joined: set[int] = set()
+    found = {module: adapter for module in model.modules() if (adapter := adapter_of(module)) is not None}
+    with _as_classes({module: fused_class(type(module)) for module in found}):
+        yield {id(matrix) for adapter in found.values() for matrix in (adapter.down, adapter.up)}
+
+
+def light_dropouts(layers: list[nn.Module]) -> AbstractContextManager[None]:
+    """Every `nn.Dropout` in `layers` without a mask that is kept, for the length of a block. Outside compiled layers it
+    would cost a kernel for each of its operations."""
+    modules = (module for layer in layers for module in layer.modules())
+    return _as_classes({module: LightDropout for module in modules if type(module) is nn.Dropout and module.p > 0})
+
+
+@contextmanager
+def _as_classes(kinds: dict[nn.Module, Any]) -> Iterator[None]:
+    own = {module: type(module) for module in kinds}
     try:
-        for module in model.modules():
-            if (adapter := adapter_of(module)) is not None:
-                kind: Any = type(module)
-                changed.append((module, kind))
-                joined |= {id(adapter.down), id(adapter.up)}
-                module.__class__ = fused_class(kind)
-        yield joined
-    finally:
-        for module, kind in changed:
+        for module, kind in kinds.items():
             module.__class__ = kind
+        yield
+    finally:
+        for module, before in own.items():
+            module.__class__ = before

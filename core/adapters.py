@@ -70,19 +70,33 @@ def split_saved(model: SentenceTransformer, names: Sequence[str] | None) -> tupl
 def freeze_after_pooling(model: SentenceTransformer, kept: frozenset[str]) -> list[str]:
     """Freeze what stands after the transformer (Dense layers), but for the classes in `kept`; what was done, in words.
 
-    Under an adapter the model it was made for stays as it is. Such layers are saved with the adapter all the same.
+    Under an adapter the model it was made for stays as it is. Such layers are saved with the adapter all the same. Those
+    that train are held in float32, as adapters are, and take what the transformer gives in that dtype.
     """
     notes = []
     for name, module in list(model.named_children())[1:]:
         size = sum(parameter.numel() for parameter in module.parameters())
         trains = type(module).__name__ in kept
         module.requires_grad_(trains)
+        if size and trains and next(module.parameters()).dtype in (torch.float16, torch.bfloat16):
+            module.float().register_forward_pre_hook(_widen)
         if size and not trains:
             kind = type(module).__name__
             notes.append(
                 f"module {name} ({kind}, {size / 1e6:.1f}M) stays frozen; modules_to_save=[{kind!r}] trains it"
             )
     return notes
+
+
+def _widen(module: nn.Module, inputs: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """Features in float32: outside autocast a layer takes its own dtype alone."""
+    features, *rest = inputs
+    halves = {
+        name: value.float()
+        for name, value in features.items()
+        if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    }
+    return {**features, **halves}, *rest
 
 
 def check_adaptable(model: SentenceTransformer) -> PreTrainedModel:

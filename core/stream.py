@@ -50,7 +50,8 @@ def flatten(
         columns: Token ids of each text, each column as many texts as it has.
         position_offset: The position of a text's first token (`Packing.position_offset`).
         filler: The token id of the texts that fill the stream up.
-        fit: From the number of tokens to the length of the stream; None leaves it as long as it is.
+        fit: From the number of tokens to the length of the stream; None leaves it as long as it is. Texts that are all
+            as long as the bound on them stay as they are: attention has a faster way with those.
         fit_longest: From the longest text's tokens to the bound on it that is handed to attention; None leaves it.
 
     Returns:
@@ -62,7 +63,8 @@ def flatten(
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     total, longest = int(lengths.sum()), int(lengths.max(initial=1))
     bound = longest if fit_longest is None else max(fit_longest(longest), longest)
-    length, fillers = (total, 0) if fit is None else _filled(fit(total), bound, fit)
+    whole = bool(texts) and total == len(texts) * bound
+    length, fillers = (total, 0) if fit is None or whole else _filled(fit(total), bound, fit)
     spread = np.full(fillers, (length - total) // max(fillers, 1), np.int64)
     spread[: (length - total) - int(spread.sum())] += 1
     lengths = np.concatenate([lengths, spread])

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from .choices import BackendChoice
     from .contracts import Step
 
+# Up to this limit of a model all batches get one bound on their texts, so that a length more is no shape more. Blocks
+# past a text's end cost nothing until they are tens of thousands.
+LONG = 4096
+
 
 @dataclass
 class TrainingArguments(StockArguments):
@@ -169,8 +173,10 @@ class Trainer(StockTrainer):
             self.accelerator.dataloader_config.dispatch_batches = False
         model: Any = self.model
         if model.burnish.decision.backend.spec.few_shapes:
-            bound = stream.fit_octave(model.max_seq_length)
-            found.collator.fit, found.collator.fit_longest = stream.fit_eighths, partial(max, bound)
+            limit = model.max_seq_length
+            steady = limit is not None and limit <= LONG
+            found.collator.fit = stream.fit_eighths
+            found.collator.fit_longest = partial(max, -(-limit // 64) * 64) if steady else stream.fit_octave
         self._chunks = {name: getattr(found.collator, name) for name in ("filler", "fit", "fit_longest")}
         return found.loader(loader)
 

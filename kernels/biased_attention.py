@@ -78,7 +78,7 @@ def biased_attention(
     numbers = None
     if dropout > 0.0:
         tokens, heads, _ = query.shape
-        numbers = draw(2, heads, tokens, device=query.device)
+        numbers = draw((2 * tokens + 1) * heads, device=query.device)
     out: Tensor = _attend(
         query, key, value, bias, cu_seqlens.int(), numbers, max_length,
         1 / math.sqrt(query.shape[2]) if scale is None else scale, dropout, causal, 0 if window is None else window,

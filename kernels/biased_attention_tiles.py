@@ -20,7 +20,7 @@ from typing import Any
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from .dropout import keeps, numbers_of
+from .dropout import columns_of, keeps, numbers_of
 
 jit: Callable[[Any], Any] = triton.jit
 # Numbers that differ from batch to batch: Triton would compile once more for 1 and once for multiples of 16.
@@ -53,6 +53,12 @@ def _write(base, tile, rows, stride, length, SIZE: tl.constexpr, PADDED: tl.cons
     seen = (rows < length)[:, None] & (columns < SIZE)[None, :]
     place = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(place, tile.to(base.dtype.element_ty), mask=seen)
+
+
+@jit
+def _seed(numbers, head, start, tokens, HEADS: tl.constexpr):
+    """What a head's columns of one text are numbered from; it stands after two numbers for each head and token."""
+    return tl.load(numbers + 2 * HEADS * tokens + head).to(tl.uint32, bitcast=True) + start.to(tl.uint32)
 
 
 @jit
@@ -114,11 +120,14 @@ def forward(
     bias += head * (2 * longest - 1) + longest - 1
     rows = first + tl.arange(0, ROWS)
     q = _rows(query, rows, query_stride, length, SIZE, PADDED)
-    row_numbers = rows
+    slope = rows
+    offset = rows
+    seed = head
     if THRESHOLD > 0:
+        seed = _seed(numbers, head, start, tokens, HEADS)
         numbers += head * tokens + start
-        row_numbers = numbers_of(numbers, rows, length)
-        numbers += HEADS * tokens
+        slope = numbers_of(numbers, rows, length)
+        offset = numbers_of(numbers + HEADS * tokens, rows, length)
 
     # Finite, so that a tile of hidden keys before a row's first seen one leaves no NaN.
     peak = tl.full([ROWS], -1e30, tl.float32)
@@ -138,7 +147,7 @@ def forward(
             shrink = tl.exp2(peak - new_peak)
             total = total * shrink + tl.sum(weights, 1)
             if THRESHOLD > 0:
-                kept = keeps(row_numbers[:, None], numbers_of(numbers, columns, length)[None, :], THRESHOLD)
+                kept = keeps(slope[:, None], offset[:, None], columns_of(seed, columns)[None, :], THRESHOLD)
                 weights = tl.where(kept, weights, 0.0)
             v = _rows(value, columns, value_stride, length, SIZE, PADDED)
             found = tl.dot(weights.to(v.dtype), v, found * shrink[:, None], input_precision=PRECISION)
@@ -174,11 +183,14 @@ def query_gradient(
     row_delta = tl.sum(o.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta + head * tokens + start + rows, row_delta, mask=rows < length)
     row_log = tl.load(log_sum + head * tokens + start + rows, mask=rows < length, other=float("inf"))
-    row_numbers = rows
+    slope = rows
+    offset = rows
+    seed = head
     if THRESHOLD > 0:
+        seed = _seed(numbers, head, start, tokens, HEADS)
         numbers += head * tokens + start
-        row_numbers = numbers_of(numbers, rows, length)
-        numbers += HEADS * tokens
+        slope = numbers_of(numbers, rows, length)
+        offset = numbers_of(numbers + HEADS * tokens, rows, length)
 
     found = tl.zeros([ROWS, PADDED], tl.float32)
     low, full, high = _keys(first, length, window, ROWS, COLUMNS, CAUSAL, WINDOWED)
@@ -194,7 +206,7 @@ def query_gradient(
             weights = tl.exp2(scores - row_log[:, None])
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if THRESHOLD > 0:
-                kept = keeps(row_numbers[:, None], numbers_of(numbers, columns, length)[None, :], THRESHOLD)
+                kept = keeps(slope[:, None], offset[:, None], columns_of(seed, columns)[None, :], THRESHOLD)
                 dweights = tl.where(kept, dweights * inflation, 0.0)
             dscores = weights * (dweights - row_delta[:, None])
             found = tl.dot(dscores.to(k.dtype), k, found, input_precision=PRECISION)
@@ -233,7 +245,7 @@ def key_gradient(
         line = head * tokens + start
         column_numbers = columns
         if THRESHOLD > 0:
-            column_numbers = numbers_of(numbers + HEADS * tokens + line, columns, length)
+            column_numbers = columns_of(_seed(numbers, head, start, tokens, HEADS), columns)
         for begin in range(low, high, ROWS):
             rows = begin + tl.arange(0, ROWS)
             q = _rows(query + start * query_stride + head * query_head, rows, query_stride, length, SIZE, PADDED)
@@ -250,7 +262,9 @@ def key_gradient(
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             dropped = weights
             if THRESHOLD > 0:
-                kept = keeps(numbers_of(numbers + line, rows, length)[None, :], column_numbers[:, None], THRESHOLD)
+                slope = numbers_of(numbers + line, rows, length)
+                offset = numbers_of(numbers + HEADS * tokens + line, rows, length)
+                kept = keeps(slope[None, :], offset[None, :], column_numbers[:, None], THRESHOLD)
                 dropped = tl.where(kept, weights * inflation, 0.0)
                 dweights = tl.where(kept, dweights * inflation, 0.0)
             dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -307,9 +321,11 @@ def bias_gradient(
             weights = tl.exp2(scores - row_log[:, None])
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if THRESHOLD > 0:
-                row_numbers = numbers_of(numbers + line, rows, length)[:, None]
-                column_numbers = numbers_of(numbers + HEADS * tokens + line, columns, length)[None, :]
-                dweights = tl.where(keeps(row_numbers, column_numbers, THRESHOLD), dweights * inflation, 0.0)
+                slope = numbers_of(numbers + line, rows, length)
+                offset = numbers_of(numbers + HEADS * tokens + line, rows, length)
+                column = columns_of(_seed(numbers, head, start, tokens, HEADS), columns)
+                kept = keeps(slope[:, None], offset[:, None], column[None, :], THRESHOLD)
+                dweights = tl.where(kept, dweights * inflation, 0.0)
             found += weights * (dweights - row_delta[:, None])
     tile = sums + program.to(tl.int64) * (BLOCK * BLOCK)
     tl.store(tile + place[:, None] * BLOCK + place[None, :], found)

@@ -1,8 +1,10 @@
-"""Which numbers of a matrix dropout keeps (Hinton et al. 2012), from a random number for each row and each column.
+"""Which numbers of a matrix dropout keeps (Hinton et al. 2012), from two random numbers for each row and one for each
+column.
 
-A row's 32-bit number plus a column's, mixed, is compared with p 2^32. The numbers come from torch's generator, Philox
-on a GPU, as any other operation draws: replays of a CUDA graph get fresh ones, activation checkpointing the same again,
-and a backward needs only them, not a mask of the matrix's size.
+A number's hash is a x + b modulo 2^32, with a and b its row's and x its column's (Carter and Wegman 1979), and is
+compared with p 2^32: one multiply-add a number, where Philox takes about 20. The numbers come from torch's generator,
+Philox on a GPU, as any other operation draws: replays of a CUDA graph get fresh ones, activation checkpointing the same
+again, and a backward needs only them, not a mask of the matrix's size.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -40,14 +42,18 @@ def numbers_of(base, places, end):
 
 
 @jit
-def keeps(row, column, THRESHOLD: tl.constexpr):
-    """Whether to keep each number of a tile; `row` and `column` broadcast to its shape.
+def columns_of(seed, places):
+    """A number for each column, made of one random number: loads in a loop of products would stop their pipeline."""
+    mixed = (places.to(tl.uint32) * 0x9E3779B1 ^ seed) * 0x85EBCA6B
+    return mixed ^ (mixed >> 15)
 
-    Mixing takes 8 integer operations a number; Philox itself takes about 80 for four numbers, which lie elsewhere than
-    a tile's do. The sums are uniform and independent in pairs; two products (Wellons's constants for 32-bit mixing)
-    break what ties the four corners of a rectangle.
+
+@jit
+def keeps(slope, shift, column, THRESHOLD: tl.constexpr):
+    """Whether to keep each number of a tile; slopes and shifts of rows and numbers of columns broadcast to its shape.
+
+    Each hash is uniform and any two of a row are independent, for each of its columns' pair of numbers. A slope of its
+    own for each row is what keeps rows apart: sums of one number a row and one a column would tie the four corners of
+    every rectangle.
     """
-    mixed = row + column
-    mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
-    mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
-    return (mixed ^ (mixed >> 16)) >= THRESHOLD
+    return slope * column + shift >= THRESHOLD

@@ -3,7 +3,7 @@
     total = residual + dropout(states);  out = norm(total)
 
 Layer norm (Ba et al. 2016, equation 4) or RMS norm (Zhang and Sennrich 2019, equation 4), in float32 inside. Kept for
-the backward: `total`, in the input's dtype, two numbers a row, and one random number for each row and column.
+the backward: `total`, in the input's dtype, two numbers a row, two random numbers for each row and one for each column.
 
 T: rows (tokens), D: features.
 """
@@ -82,7 +82,7 @@ def add_norm(
     rows = states.reshape(-1, width)
     drawn = None
     if threshold(dropout) > 0:
-        drawn = draw(rows.shape[0] + width, device=states.device)
+        drawn = draw(2 * rows.shape[0] + width, device=states.device)
     beside = None if residual is None else residual.reshape(-1, width)
     out, total, _, _ = _add_norm(rows, weight, bias, beside, drawn, eps, dropout, centred, offset)
     plain = residual is None and drawn is None
@@ -102,7 +102,8 @@ def norm_rows(
     place = row.to(tl.int64)[:, None] * width + column[None, :]
     found = tl.load(states + place, mask=inside, other=0.0).to(tl.float32)
     if THRESHOLD > 0:
-        kept = keeps(numbers_of(drawn, row, rows)[:, None], numbers_of(drawn + rows, column, width)[None, :], THRESHOLD)
+        slope, shift = numbers_of(drawn, row, rows), numbers_of(drawn + rows, row, rows)
+        kept = keeps(slope[:, None], shift[:, None], numbers_of(drawn + 2 * rows, column, width)[None, :], THRESHOLD)
         found = tl.where(kept, found * inflation, 0.0)
     if ADDED:
         found += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
@@ -161,9 +162,9 @@ def norm_gradient(
             found += tl.load(grad_total + place, mask=inside, other=0.0).to(tl.float32)
         if THRESHOLD > 0:
             tl.store(grad_residual + place, found.to(grad_residual.dtype.element_ty), mask=inside)
-            kept = keeps(
-                numbers_of(drawn, row, rows)[:, None], numbers_of(drawn + rows, column, width)[None, :], THRESHOLD
-            )
+            slope, shift = numbers_of(drawn, row, rows), numbers_of(drawn + rows, row, rows)
+            columns = numbers_of(drawn + 2 * rows, column, width)
+            kept = keeps(slope[:, None], shift[:, None], columns[None, :], THRESHOLD)
             found = tl.where(kept, found * inflation, 0.0)
         tl.store(grad_states + place, found.to(grad_states.dtype.element_ty), mask=inside)
     if SUMMED:

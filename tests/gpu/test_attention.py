@@ -36,7 +36,7 @@ def inputs(lengths: tuple[int, ...], heads: int, groups: int, size: int) -> list
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lengths", [RAGGED, (64,), (1,), (32, 32, 32)], ids=str)
+@pytest.mark.parametrize("lengths", [RAGGED, (64,), (1,), (32, 32, 32), (128, 128, 128)], ids=str)
 @pytest.mark.parametrize("heads, groups, size", [(12, 12, 32), (8, 2, 64), (3, 1, 256)])
 @pytest.mark.parametrize(
     "options",
@@ -65,6 +65,34 @@ def test_flash_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     run(flash_packed_attention, states, torch.bfloat16, RAGGED)
     with pytest.raises(AssertionError, match="the plain version ran"):
         run(flash_packed_attention, states, torch.float32, RAGGED)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="FlashAttention")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_texts_of_one_length_go_through_cudnn_a_view_of_a_joint_product_too(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    dense = attention._dense_attention
+
+    def watched(*arguments: Any) -> Tensor:
+        taken.append(arguments[3])
+        return dense(*arguments)
+
+    monkeypatch.setattr(attention, "_dense_attention", watched)
+    lengths, heads, size = (128, 128, 128), 4, 64
+    bounds = torch.arange(0, 385, 128, dtype=torch.int32, device="cuda")
+    joint = torch.randn(384, 3 * heads * size + 32, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    states = [part.view(384, heads, size) for part in joint[:, : 3 * heads * size].split(heads * size, dim=1)]
+    out = flash_packed_attention(*states, bounds, 128, dropout=dropout)
+    (grad,) = torch.autograd.grad(out.float().square().sum(), joint)
+    assert taken == [3] and bool(grad[:, : 3 * heads * size].any(1).all()) and not bool(grad[:, -32:].any())
+    if dropout == 0.0:
+        exact = packed_attention(*(each.detach().double() for each in states), bounds, 128)
+        assert float((out.double() - exact).abs().max()) < 0.02
+    run(flash_packed_attention, inputs((128, 64), 4, 4, 64), torch.bfloat16, (128, 64))
+    run(flash_packed_attention, inputs(lengths, 8, 2, 64), torch.bfloat16, lengths)
+    assert taken == [3], "ragged texts and grouped heads stay with FlashAttention"
 
 
 def test_float32_goes_the_plain_way_exactly() -> None:

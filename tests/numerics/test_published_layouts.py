@@ -206,6 +206,19 @@ def test_an_adapter_on_embeddinggemma_reads_back(embeddinggemma: Path, tmp_path:
     assert trained(again) == trained(again, ".lora_") and "stays frozen" in str(again.burnish)
 
 
+def test_a_dense_layer_that_trains_beside_a_bfloat16_base_is_float32(embeddinggemma: Path) -> None:
+    model = FastSentenceTransformer.get_peft_model(
+        load(embeddinggemma, dtype="bfloat16"), r=4, modules_to_save=["Dense"]
+    )
+    dtypes = {value.dtype for value in model.parameters() if value.requires_grad}
+    assert dtypes == {torch.float32} and model[2].linear.weight.requires_grad
+    frozen = load(embeddinggemma, dtype="bfloat16")
+    found, expected = (one.encode(TEXTS, convert_to_tensor=True).float() for one in (model, frozen))
+    assert float((found - expected).abs().max()) < 0.05
+    _, gradients = backward(model, TEXTS)
+    assert float(gradients["2.linear.weight"].abs().max()) > 0
+
+
 def test_gemma_never_runs_in_float16(embeddinggemma: Path) -> None:
     for options in ({"dtype": "float16"}, {"model_kwargs": {"dtype": torch.float16}}):
         with pytest.raises(ModelError, match=r"must not run in float16: its activations reach 8e5"):

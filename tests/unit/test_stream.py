@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,15 @@ def test_a_filled_stream_has_one_of_few_shapes_and_keeps_its_texts(lengths: list
     assert first[stream.IDS].shape == second[stream.IDS].shape
     added = len(second[stream.BOUNDS]) - len(first[stream.BOUNDS])
     assert added == bool(wider), "another number of fillers"
+
+
+def test_texts_as_long_as_the_bound_are_not_filled_up() -> None:
+    texts = [column(128, 128, 128), column(128, 128, 128)]
+    batch = stream.flatten(texts, fit=stream.fit_eighths, fit_longest=partial(max, 128))
+    assert batch[stream.IDS].shape == (1, 6 * 128) and batch[stream.BOUNDS].diff().tolist() == [128] * 6
+    for other in ([column(128, 127), column(128, 128)], [column(64, 64), column(64, 64)]):
+        batch = stream.flatten(other, fit=stream.fit_eighths, fit_longest=partial(max, 128))
+        assert len(batch[stream.BOUNDS]) > 5 and batch[stream.LONGEST] == 128
 
 
 def test_shapes_are_few() -> None:
