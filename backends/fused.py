@@ -99,7 +99,8 @@ class FusedStep:
                 continue
             if weight.grad is None and weight in self._gradients:  # rather than a second set of gradients
                 weight.grad = self._gradients[weight].zero_()
-            hooks.append(weight.register_post_accumulate_grad_hook(trained.setdefault))
+            watched: Any = weight
+            hooks.append(watched.register_post_accumulate_grad_hook(trained.setdefault))
         state = _host_random()
         try:
             with self.regions.active():

@@ -137,9 +137,10 @@ def fused_adapters(model: nn.Module) -> Iterator[set[int]]:
 
     Yields the `id` of each adapter's A and B.
     """
-    found = {module: adapter for module in model.modules() if (adapter := adapter_of(module)) is not None}
-    with _as_classes({module: fused_class(type(module)) for module in found}):
-        yield {id(matrix) for adapter in found.values() for matrix in (adapter.down, adapter.up)}
+    found = [(module, adapter) for module in model.modules() if (adapter := adapter_of(module)) is not None]
+    own: list[tuple[nn.Module, Any]] = [(module, type(module)) for module, _ in found]
+    with _as_classes({module: fused_class(kind) for module, kind in own}):
+        yield {id(matrix) for _, adapter in found for matrix in (adapter.down, adapter.up)}
 
 
 def light_dropouts(layers: list[nn.Module]) -> AbstractContextManager[None]:

@@ -19,7 +19,13 @@ if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type che
 else:
     from shapes import LORA_TARGETS
 
-PEERS = {"st-sdpa": "sdpa", "st-fa2": "flash_attention_2", "st-fa2-compile": "flash_attention_2", "unsloth": None}
+PEERS = {
+    "st-eager": "eager",  # where transformers has nothing else: MPNet
+    "st-sdpa": "sdpa",
+    "st-fa2": "flash_attention_2",
+    "st-fa2-compile": "flash_attention_2",
+    "unsloth": None,
+}
 """The peers, with the attention that Sentence Transformers is told to use."""
 OURS = "burnish"
 MODES = ("lora16", "qlora4", "full", "full-bf16")
@@ -54,7 +60,7 @@ def prepare(system: str) -> None:
         return
     # The peers' collators tokenise in forked workers, where a parallel tokenizer would wait for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if system != "st-sdpa":
+    if system not in ("st-eager", "st-sdpa"):
         sys.path.insert(0, str(Path(__file__).with_name("flash_attn_shim")))
     if system == "unsloth":
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -80,7 +86,7 @@ def load_ahead(path: Path, given: Namespace) -> None:
         import burnish
 
         _ = burnish.FastSentenceTransformer, burnish.Trainer
-    elif given.system == "st-sdpa" and given.mode != "qlora4":
+    elif given.system in ("st-eager", "st-sdpa") and given.mode != "qlora4":
         _ahead.append(_stock(path, given))
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/cell.py --system burnish --model bge-large-en-v1.5 --mode lora16 --seq 512 --batch 32
 
-Systems: st-sdpa, st-fa2, st-fa2-compile, unsloth, burnish, burnish-BACKEND. Each trains on the same pairs with the same
-arguments and MultipleNegativesRankingLoss; tokeniser, collator, optimizer and logging are inside the clock, as a user
-has them. Prints one line, "RESULT " and JSON (docs/benchmarks.md says what each field is).
+Systems: st-eager, st-sdpa, st-fa2, st-fa2-compile, unsloth, burnish, burnish-BACKEND. Each trains on the same pairs
+with the same arguments and MultipleNegativesRankingLoss; tokeniser, collator, optimizer and logging are inside the
+clock, as a user has them. Prints one line, "RESULT " and JSON (docs/benchmarks.md says what each field is).
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def arguments(given: argparse.Namespace, arm: arms.Arm, scratch: Path) -> Any:
         report_to="none",
         dataloader_num_workers=given.workers if cuda else 0,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
-        gradient_checkpointing=given.checkpointing and given.system in ("st-sdpa", "st-fa2", "st-fa2-compile"),
+        gradient_checkpointing=given.checkpointing and given.system.startswith("st-"),
         torch_compile=given.system.endswith("-compile"),
         disable_tqdm=True,
         use_cpu=not cuda,

@@ -6,7 +6,8 @@
 
 A cell is 'SYSTEMS MODEL MODE SEQ BATCH LENGTHS', and options of cell.py after it; --each is its limit in seconds.
 `--cells FILE` has one a line; `--options='…'` hold for all. While a cell runs, the next one imports, builds its model
-and waits at a gate until the GPU is free: timings never overlap.
+and waits at a gate until the GPU is free: timings never overlap on a card. `--lanes 4` runs four cells at a time on the
+cards 0 to 3, each lane on its own share of the cores, with its own compiled code; all systems of a cell share a lane.
 
 Every outcome is a line of the file, a failure with its reason. Only lines of one run are ever compared, so a cell of
 which one run holds every system is skipped, and any other is run as a whole; `--run ID` goes on with a run that broke
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -91,10 +93,37 @@ def left_to_run(wanted: Group, lines: Sequence[Line], run: str) -> tuple[str, ..
     return tuple(system for system, had in zip(wanted.systems, runs, strict=True) if run not in had)
 
 
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One of several cards that cells run on at a time, and the share of the cores that goes with it.
+
+    Alone it is whatever card and cores the process sees.
+    """
+
+    number: int
+    many: int
+
+    def options(self) -> list[str]:
+        """What cell.py is told beside the cell."""
+        name = f"-{self.number}" if self.many > 1 else ""
+        return ["--gate", str(cells.HOME / f"gate{name}"), "--cache", str(cells.HOME / f"compiled{name}")]
+
+    def environment(self) -> dict[str, str]:
+        """The card, for the child process."""
+        return {"CUDA_VISIBLE_DEVICES": str(self.number)} if self.many > 1 else {}
+
+    def pin(self, process: int) -> None:
+        """Keep a process, and what it will start, to the lane's cores."""
+        if self.many > 1:
+            cores = sorted(os.sched_getaffinity(0))
+            share = len(cores) // self.many
+            os.sched_setaffinity(process, cores[self.number * share : (self.number + 1) * share])
+
+
 class Child:
     """A cell of one system in a process of its own, a session that is ended as a whole, data-loader processes too."""
 
-    def __init__(self, wanted: Group, system: str, extra: Sequence[str]) -> None:
+    def __init__(self, wanted: Group, system: str, extra: Sequence[str], lane: Lane) -> None:
         self.wanted, self.system = wanted, system
         self.entered = threading.Event()  # beyond the gate, or dead
         self.done = threading.Event()  # has printed its line, or is dead
@@ -102,7 +131,7 @@ class Child:
         self._said: list[str] = []
         self._started = time.monotonic()
         command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("cell.py")), "--system", system]
-        command += [*wanted.options, *extra, "--dump-after", str(max(5.0, wanted.each - 5))]
+        command += [*wanted.options, *extra, *lane.options(), "--dump-after", str(max(5.0, wanted.each - 5))]
         self._process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -110,7 +139,9 @@ class Child:
             text=True,
             errors="replace",
             start_new_session=True,
+            env={**os.environ, **lane.environment()},
         )
+        lane.pin(self._process.pid)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -212,18 +243,40 @@ def measured_machine(extra: Sequence[str]) -> Line:
     return found
 
 
-def run_all(queue: Sequence[tuple[Group, str]], out: Path, end: float, stamp: Line, extra: Sequence[str]) -> list[str]:
-    """Run the cells in order until `end`, on the monotonic clock; returns those that were not run, or cut off."""
-    waiting = list(queue)
+class Queue:
+    """Cells that lanes take from, a whole group at a time: its systems run on one card."""
+
+    def __init__(self, groups: Sequence[tuple[Group, Sequence[str]]]) -> None:
+        self._groups = list(groups)
+        self._lock = threading.Lock()
+
+    def take(self) -> list[tuple[Group, str]]:
+        """The next group's cells, one for each system; none if all are taken."""
+        with self._lock:
+            if not self._groups:
+                return []
+            one, systems = self._groups.pop(0)
+        return [(one, system) for system in systems]
+
+    def rest(self) -> list[tuple[Group, str]]:
+        """What nobody took."""
+        return [(one, system) for one, systems in self._groups for system in systems]
+
+
+def run_lane(queue: Queue, lane: Lane, out: Path, end: float, stamp: Line, extra: Sequence[str]) -> list[str]:
+    """Run cells until `end`, on the monotonic clock; returns those that were cut off."""
+    taken: list[tuple[Group, str]] = []
     children: list[Child] = []  # the one beyond the gate, and the one that gets ready meanwhile
 
     def left() -> float:
         return max(0.0, end - time.monotonic())
 
     def begin() -> None:
-        if waiting and left() >= LEAST:
-            children.append(Child(*waiting[0], extra))
-            del waiting[0]
+        if left() < LEAST:
+            return
+        taken.extend([] if taken else queue.take())
+        if taken:
+            children.append(Child(*taken.pop(0), extra, lane))
 
     try:
         begin()
@@ -235,16 +288,33 @@ def run_all(queue: Sequence[tuple[Group, str]], out: Path, end: float, stamp: Li
             if line is None:
                 break
             children.pop(0)
-            line = {**stamp, **line, "run": stamp["run"]}
-            append(out, line)
-            print(shown(line), flush=True)
+            line = {**stamp, "lane": lane.number, "lanes": lane.many, **line, "run": stamp["run"]}
+            with _WRITING:
+                append(out, line)
+                print(shown(line), flush=True)
             if not children:
                 begin()
         late = [(child.wanted, child.system) for child in children]
     finally:
         for child in children:
             child.end()
-    return [f"{system} {' '.join(one.options)}" for one, system in [*late, *waiting]]
+    return [f"{system} {' '.join(one.options)}" for one, system in [*late, *taken]]
+
+
+_WRITING = threading.Lock()
+
+
+def run_all(
+    groups: Sequence[tuple[Group, Sequence[str]]], out: Path, end: float, stamp: Line, extra: Sequence[str], lanes: int
+) -> list[str]:
+    """Run the groups in order on as many lanes until `end`; returns the cells that were not run, or cut off."""
+    queue = Queue(groups)
+    with ThreadPoolExecutor(lanes) as pool:
+        ends = [
+            pool.submit(run_lane, queue, Lane(number, lanes), out, end, stamp, extra) for number in range(lanes)
+        ]  # fmt: skip
+        late = [text for one in ends for text in one.result()]
+    return late + [f"{system} {' '.join(one.options)}" for one, system in queue.rest()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--budget", type=float, default=540, help="seconds for all of them")
     parser.add_argument("--each", type=float, default=150, help="seconds for one, unless it says otherwise")
+    parser.add_argument("--lanes", type=int, default=1, help="cells at a time, each on a card of its own")
     parser.add_argument("--run", help="go on with this run, on the same machine (default: a new one)")
     given = parser.parse_args(arguments)
     extra = shlex.split(given.options)
@@ -266,21 +337,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [group(text, given.each, extra) for text in texts if text.strip() and not text.lstrip().startswith("#")]
     run = given.run or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     cells.HOME.mkdir(parents=True, exist_ok=True)
-    extra += ["--gate", str(cells.HOME / "gate")]
-    stamp = {**measured_machine(extra), "run": run}
+    stamp = {**measured_machine([*extra, *Lane(0, given.lanes).options()]), "run": run}
     rate = stamp["bf16_tflops"]
     print(
         f"run {run}: {len(wanted)} cells, {given.budget:.0f} s; {stamp['device']}, bfloat16 {rate or '-'} TFLOP/s",
         flush=True,
     )
     extra += ["--run", run, *(["--tflops", f"{rate:.1f}"] if rate else [])]
-    queue = []
+    groups = []
     for place, one in enumerate(wanted):
         systems = left_to_run(one, read(given.out), run)
-        queue += [
-            (one, system) for system in (systems if place % 2 == 0 else systems[::-1])
-        ]  # who goes first alternates
-    skipped = run_all(queue, given.out, end, stamp, extra)
+        groups.append((one, systems if place % 2 == 0 else systems[::-1]))  # who goes first alternates
+    skipped = run_all(groups, given.out, end, stamp, extra, given.lanes)
     for text in skipped:
         print(f"NOT RUN, the budget is spent: {text}", flush=True)
     return 3 if skipped else 0

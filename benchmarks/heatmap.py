@@ -36,6 +36,7 @@ MODES = {
     "full-bf16": "full, pure bfloat16",
 }
 NAMES = {
+    "st-eager": "Sentence Transformers (eager attention)",
     "st-sdpa": "Sentence Transformers (SDPA)",
     "st-fa2": "Sentence Transformers + FA2",
     "st-fa2-compile": "Sentence Transformers + FA2 + compile",
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--into", type=Path, default=Path("docs/assets/benchmarks"))
     parser.add_argument("--system", default="burnish")
-    parser.add_argument("--peers", default="st-sdpa,st-fa2,st-fa2-compile,unsloth")
+    parser.add_argument("--peers", default="st-eager,st-sdpa,st-fa2,st-fa2-compile,unsloth")
     parser.add_argument("--figure", default="pairs_per_s", choices=MORE_IS_BETTER)
     given = parser.parse_args(arguments)
     drawn = draw_all(read(given.results), given.into, given.system, given.peers.split(","), given.figure)

@@ -219,7 +219,9 @@ def cases() -> dict[str, tuple[str, str, str, tuple[tuple[int, ...], ...], dict[
 
 def fused() -> None:
     """Forward and backward of the fused operations: ours, their plain versions under inductor, and eager."""
+    dynamo: Any = torch._dynamo
     for name, (file, function, size, shapes, options) in cases().items():
+        dynamo.reset()  # else a second case of one function would be compiled for any shape, and many a one not at all
         module = import_module(f"burnish.kernels.{file}")
         leaves = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
         angles = torch.rand(ROWS, 32, device="cuda")

@@ -70,8 +70,8 @@ def split_saved(model: SentenceTransformer, names: Sequence[str] | None) -> tupl
 def freeze_after_pooling(model: SentenceTransformer, kept: frozenset[str]) -> list[str]:
     """Freeze what stands after the transformer (Dense layers), but for the classes in `kept`; what was done, in words.
 
-    Under an adapter the model it was made for stays as it is. Such layers are saved with the adapter all the same. Those
-    that train are held in float32, as adapters are, and take what the transformer gives in that dtype.
+    Under an adapter the model it was made for stays as it is. Such layers are saved with the adapter all the same.
+    Those that train are held in float32, as adapters are, and take what the transformer gives in that dtype.
     """
     notes = []
     for name, module in list(model.named_children())[1:]:

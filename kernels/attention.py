@@ -6,7 +6,7 @@ T: tokens of all texts, H: query heads, G: key/value heads (H a multiple of G), 
 from __future__ import annotations
 
 import importlib.util
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -234,7 +234,8 @@ def flash_packed_attention(
     if window is not None and window >= max_length:
         window = None
     texts = cu_seqlens.shape[0] - 1
-    if bias is None and window is None and query.shape[0] == texts * max_length and _dense_suits(query, key, max_length):
+    dense = bias is None and window is None and query.shape[0] == texts * max_length
+    if dense and _dense_suits(query, key, max_length):
         return _dense_attention(query, key, value, texts, max_length, scale, dropout, causal)
     if bias is not None and query.is_cuda and query.dtype != torch.float64 and query.shape[2] <= 256 and HAS_TRITON:
         from .biased_attention import biased_attention
@@ -259,14 +260,22 @@ def _dense_suits(query: Tensor, key: Tensor, max_length: int) -> bool:
     return heads and half and not fixed and max_length % 64 == 0 and query.is_cuda and _cudnn_is_new(query.device.index)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cudnn_is_new(index: int | None) -> bool:
     """Whether a card (None: the current one) is of Hopper's kind or later, and cuDNN at hand."""
-    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(index) >= (9, 0)
+    cudnn: Any = torch.backends.cudnn
+    return bool(cudnn.is_available()) and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def _dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, texts: int, length: int, scale: float | None, dropout: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    texts: int,
+    length: int,
+    scale: float | None,
+    dropout: float,
+    causal: bool,
 ) -> Tensor:
     """Attention of `texts` texts of `length` tokens each by cuDNN. (T, H, D) to (T, H, D).
 

@@ -7,9 +7,6 @@ on an H100, two of them in a layer of 1,024 features spare 64 MiB of 814 for 32,
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +36,7 @@ def light_dropout(states: Tensor, probability: float) -> Tensor:
 class LightDropout(nn.Dropout):
     """`nn.Dropout` by `light_dropout`: a module has this class for the length of a step, its own before and after."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's own name)
+    def forward(self, input: Tensor) -> Tensor:
         """(…, D) to (…, D)."""
         if not self.training or not 0.0 < self.p < 1.0 or not input.is_cuda:
             return super().forward(input)

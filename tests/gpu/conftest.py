@@ -1,4 +1,4 @@
-"""Tests on a GPU train with the fused backend: what torch's compiler itself warns of while it traces is no error here."""
+"""Tests on a GPU train with the fused backend: what torch's compiler warns of is no error here."""
 
 from __future__ import annotations
 

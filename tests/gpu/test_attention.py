@@ -83,12 +83,14 @@ def test_texts_of_one_length_go_through_cudnn_a_view_of_a_joint_product_too(
     lengths, heads, size = (128, 128, 128), 4, 64
     bounds = torch.arange(0, 385, 128, dtype=torch.int32, device="cuda")
     joint = torch.randn(384, 3 * heads * size + 32, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    states = [part.view(384, heads, size) for part in joint[:, : 3 * heads * size].split(heads * size, dim=1)]
-    out = flash_packed_attention(*states, bounds, 128, dropout=dropout)
+    states = [part.view(384, heads, size) for part in torch.split(joint[:, : 3 * heads * size], heads * size, dim=1)]
+    query, key, value = states
+    out = flash_packed_attention(query, key, value, bounds, 128, dropout=dropout)
     (grad,) = torch.autograd.grad(out.float().square().sum(), joint)
     assert taken == [3] and bool(grad[:, : 3 * heads * size].any(1).all()) and not bool(grad[:, -32:].any())
     if dropout == 0.0:
-        exact = packed_attention(*(each.detach().double() for each in states), bounds, 128)
+        query, key, value = (each.detach().double() for each in states)
+        exact = packed_attention(query, key, value, bounds, 128)
         assert float((out.double() - exact).abs().max()) < 0.02
     run(flash_packed_attention, inputs((128, 64), 4, 4, 64), torch.bfloat16, (128, 64))
     run(flash_packed_attention, inputs(lengths, 8, 2, 64), torch.bfloat16, lengths)

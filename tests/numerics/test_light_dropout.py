@@ -22,7 +22,7 @@ def dropped() -> Tensor:
 
 
 def test_a_tenth_is_dropped_and_the_rest_makes_up_for_it(dropped: Tensor) -> None:
-    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
+    assert sorted(set(dropped.flatten().tolist())) == pytest.approx([0.0, 1 / 0.9])
     share = (dropped == 0).double().mean()
     assert abs(share - 0.1) < 4 * (0.09 / dropped.numel()) ** 0.5
 
@@ -46,7 +46,7 @@ def test_the_gradient_passes_where_numbers_were_kept(dtype: torch.dtype) -> None
     states = torch.randn(3, 7, 16, dtype=dtype).requires_grad_()
     out = light_dropout(states, 0.5)
     assert out.dtype == dtype and out.shape == states.shape
-    out.backward(torch.ones_like(out))
+    torch.autograd.backward(out, torch.ones_like(out))
     assert states.grad is not None and 0 < int((out != 0).sum()) < out.numel()
     torch.testing.assert_close(states.grad, (out != 0).to(dtype) * 2)
 
@@ -58,12 +58,16 @@ def test_compiled_it_draws_anew_and_keeps_no_mask() -> None:
     layer = nn.Linear(16, 16)
     kept: list[Tensor] = []
 
+    def keep(one: Tensor) -> Tensor:
+        kept.append(one)
+        return one
+
     def block(states: Tensor) -> Tensor:
-        return functional.layer_norm(light_dropout(layer(states), 0.1) + states, (16,)).square().mean(0).sum()
+        return functional.layer_norm(light_dropout(layer(states), 0.1) + states, (16,)).square().square().sum()
 
     compiled: Any = torch.compile(block, backend="inductor", dynamic=True)
     states = torch.randn(1, 500, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
         out = compiled(states)
     out.backward()
     assert states.grad is not None and bool(states.grad.abs().sum() > 0)

@@ -207,7 +207,7 @@ def test_an_adapter_on_embeddinggemma_reads_back(embeddinggemma: Path, tmp_path:
 
 
 def test_a_dense_layer_that_trains_beside_a_bfloat16_base_is_float32(embeddinggemma: Path) -> None:
-    model = FastSentenceTransformer.get_peft_model(
+    model: Any = FastSentenceTransformer.get_peft_model(
         load(embeddinggemma, dtype="bfloat16"), r=4, modules_to_save=["Dense"]
     )
     dtypes = {value.dtype for value in model.parameters() if value.requires_grad}

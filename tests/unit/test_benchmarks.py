@@ -188,16 +188,17 @@ def test_a_cell_s_process_ends_as_a_line(
     word: str, said: str | None, bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = bench["grid"]
+    alone = grid.Lane(0, 1)
     (tmp_path / "cell.py").write_text(STAND_IN, encoding="utf-8")
     monkeypatch.setattr(grid, "__file__", str(tmp_path / "grid.py"))
     each = 1.0 if word == "hang" else 30.0
-    child = grid.Child(grid.Group(("burnish",), (), each, line("", 1.0)), "burnish", [word])
+    child = grid.Child(grid.Group(("burnish",), (), each, line("", 1.0)), "burnish", [word], alone)
     started = time.monotonic()
     found = child.finish(started + 45)
     assert time.monotonic() - started < 40  # what hangs after its line is not waited for
     assert found is not None and found.get("error") == said
     assert found["system" if said else "pairs_per_s"] == ("burnish" if said else 5.0)
-    cut = grid.Child(grid.Group(("burnish",), (), 30.0, line("", 1.0)), "burnish", ["hang"])
+    cut = grid.Child(grid.Group(("burnish",), (), 30.0, line("", 1.0)), "burnish", ["hang"], alone)
     assert cut.finish(time.monotonic() + 0.5) is None  # the budget's end is no failure
     cut.end()
 
