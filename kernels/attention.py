@@ -6,6 +6,8 @@ T: tokens of all texts, H: query heads, G: key/value heads (H a multiple of G), 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from typing import Any, TypedDict
 
 import torch
@@ -223,41 +225,51 @@ def flash_packed_attention(
     window: int | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`packed_attention` by the FlashAttention-2 kernels that PyTorch carries (Dao 2023), for CUDA.
+    """`packed_attention` for CUDA, by whichever of three kernels was measured to be the fastest (`_kernel`).
 
-    `torch.nn.attention.varlen` wraps the same operator but has no dropout, so the operator itself is called. It takes
-    float16 and bfloat16 only, and no bias: a bias goes to `biased_attention`, in Triton; float32 input without one, and
-    whatever is float64, through the plain version, exact and slower. Texts that all have L tokens, as long ones cut to
-    the model's limit do, are a plain batch, which cuDNN's kernels take faster (`_dense_attention`).
+    They are FlashAttention-2's in PyTorch (Dao 2023), cuDNN's where every text has L tokens, as long ones cut to the
+    model's limit do, and ours in Triton (`biased_attention`), which alone takes a bias and float32. None but the plain
+    version takes float64.
     """
     arguments = (query, key, value, cu_seqlens, max_length)
     if window is not None and window >= max_length:
         window = None
-    texts = cu_seqlens.shape[0] - 1
-    dense = bias is None and window is None and query.shape[0] == texts * max_length
-    if dense and _dense_suits(query, key, max_length):
-        return _dense_attention(query, key, value, texts, max_length, scale, dropout, causal)
-    if bias is not None and query.is_cuda and query.dtype != torch.float64 and query.shape[2] <= 256 and HAS_TRITON:
-        from .biased_attention import biased_attention
-
-        return biased_attention(*arguments, scale=scale, dropout=dropout, causal=causal, window=window, bias=bias)
-    if query.dtype not in (torch.float16, torch.bfloat16) or bias is not None:
-        return packed_attention(*arguments, scale=scale, dropout=dropout, causal=causal, window=window, bias=bias)
-    bounds = cu_seqlens.int()
-    left = None if window is None else window - 1
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        query, key, value, bounds, bounds, max_length, max_length, dropout, causal, False,
-        scale=scale, window_size_left=left, window_size_right=0 if causal else left,
-    )[0]  # fmt: skip
-    return out
+    if bias is None and query.dtype in (torch.float16, torch.bfloat16):
+        dense = window is None and query.shape[0] == (cu_seqlens.shape[0] - 1) * max_length
+        kernel = _kernel(query, key, max_length, dropout, window, dense)
+    elif bias is not None and query.is_cuda and query.dtype != torch.float64 and query.shape[2] <= 256 and HAS_TRITON:
+        kernel = "tiles"
+    else:
+        kernel = "plain"
+    if kernel == "dense":
+        return _dense_attention(query, key, value, max_length, scale, dropout, causal)
+    if kernel == "flash":
+        return _flash_attention(*arguments, scale=scale, dropout=dropout, causal=causal, window=window)
+    operation = packed_attention
+    if kernel == "tiles":
+        from .biased_attention import biased_attention as operation
+    return operation(*arguments, scale=scale, dropout=dropout, causal=causal, window=window, bias=bias)
 
 
-def _dense_suits(query: Tensor, key: Tensor, max_length: int) -> bool:
-    """Whether texts of `max_length` tokens each go through cuDNN: where it was measured to be the faster one."""
-    heads = query.shape[1] == key.shape[1] and query.shape[2] <= 128 and query.shape[2] % 8 == 0
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    fixed = torch.are_deterministic_algorithms_enabled()  # its backward adds up in any order
-    return heads and half and not fixed and max_length % 64 == 0 and query.is_cuda and _cudnn_is_new(query.device.index)
+def _kernel(query: Tensor, key: Tensor, max_length: int, dropout: float, window: int | None, dense: bool) -> str:
+    """The kernel for 16-bit states without a bias; `dense` where every text has L tokens.
+
+    Milliseconds on an H200, forward and backward, FlashAttention-2 / Triton / cuDNN, from `benchmarks/kernels.py`
+    (results/attention-2026-11-26-h200.jsonl): 64 texts of 512, 16 heads of 64: 1.19 / 1.02 / 0.80, with dropout 1.39 /
+    1.49 / 1.18; of natural lengths 0.44 / 0.31, with dropout 0.49 / 0.45; with a window of 65 0.40 / 0.22; 12 heads of
+    32 with dropout 0.30 / 0.31 natural and 0.75 / 0.99 / 0.85 dense, 128 texts of up to 128 0.16 / 0.11. Of heads of
+    128 and 256 and of grouped ones FlashAttention's are the faster, but for short texts.
+    """
+    size = query.shape[2]
+    alike = query.shape[1] == key.shape[1]
+    fixed = torch.are_deterministic_algorithms_enabled()  # cuDNN's backward adds up in any order
+    whole = dense and alike and 32 < size <= 128 and size % 8 == 0 and max_length % 64 == 0 and not fixed
+    if whole and _cudnn_is_new(query.device.index):
+        return "dense"
+    small = size <= 64 and alike and _triton_runs(query.device.index)
+    if small and (dropout == 0.0 or size > 32 or (max_length <= 128 and not dense)):
+        return "tiles"
+    return "flash"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -267,22 +279,40 @@ def _cudnn_is_new(index: int | None) -> bool:
     return bool(cudnn.is_available()) and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
-def _dense_attention(
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_runs(index: int | None) -> bool:
+    """Whether Triton can make kernels for a card (None: the current one): it compiles a launcher with a C compiler."""
+    compiler = "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return HAS_TRITON and compiler and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def _flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    texts: int,
-    length: int,
+    cu_seqlens: Tensor,
+    max_length: int,
+    *,
     scale: float | None,
     dropout: float,
     causal: bool,
+    window: int | None,
 ) -> Tensor:
-    """Attention of `texts` texts of `length` tokens each by cuDNN. (T, H, D) to (T, H, D).
+    """`torch.nn.attention.varlen` wraps the same operator but has no dropout, so the operator itself is called."""
+    bounds = cu_seqlens.int()
+    left = None if window is None else window - 1
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        query, key, value, bounds, bounds, max_length, max_length, dropout, causal, False,
+        scale=scale, window_size_left=left, window_size_right=0 if causal else left,
+    )[0]  # fmt: skip
+    return out
 
-    Forward and backward of 64 texts of 512 with 16 heads of 64 take 0.80 ms on an H200 where FlashAttention-2 takes
-    1.19, with dropout 1.20 and 1.41.
-    """
-    states = (each.view(texts, length, *each.shape[1:]).transpose(1, 2) for each in (query, key, value))
+
+def _dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, length: int, scale: float | None, dropout: float, causal: bool
+) -> Tensor:
+    """Attention of texts of `length` tokens each by cuDNN. (T, H, D) to (T, H, D)."""
+    states = (each.view(-1, length, *each.shape[1:]).transpose(1, 2) for each in (query, key, value))
     out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *states, None, True, dropout, causal, False, scale=scale
     )[0]

@@ -80,11 +80,12 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact.double()).norm())
 
 
-def test_flash_attention_is_what_half_precision_gets(tmp_path: Any) -> None:
+def test_a_fast_kernel_is_what_half_precision_gets(tmp_path: Any) -> None:
     config = import_module("burnish.families.modernbert").sample("tiny")
     model = Subject(config=config, folder=tmp_path, device="cuda").ours(dtype="bfloat16")
     kernels = {"name": model.burnish.decision.attention.spec.name, "used": model.config._attn_implementation}
     assert kernels == {"name": "flash", "used": "burnish_packed_fa"}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         backward(model, ["w1 w2 w3", "w4"])
-    assert any("flash" in event.key for event in profile.key_averages()), "no FlashAttention kernel ran"
+    found = [event.key for event in profile.key_averages()]
+    assert any("flash" in name or name == "query_gradient" for name in found), "no kernel of FlashAttention or ours ran"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -238,3 +239,42 @@ def test_a_batch_of_many_lengths_is_cut_and_one_of_alike_lengths_is_not() -> Non
     assert _alike([100, 99, 98, 90]) == [(4, 100)]
     assert _alike([100] * 50 + [90] * 150) == [(150, 100), (50, 90)]
     assert _alike([0, 0]) == []
+
+
+HOPPER, AMPERE, NONE = (9, 0), (8, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "longest", "dropout", "dense", "card", "kernel"),
+    [
+        (16, 16, 64, 512, 0.1, True, HOPPER, "dense"),
+        (16, 16, 64, 500, 0.1, True, HOPPER, "tiles"),  # no whole 64s
+        (16, 16, 64, 512, 0.1, True, AMPERE, "tiles"),
+        (16, 16, 64, 512, 0.1, False, HOPPER, "tiles"),
+        (16, 16, 64, 512, 0.1, False, NONE, "flash"),
+        (12, 12, 32, 512, 0.1, False, HOPPER, "flash"),
+        (12, 12, 32, 128, 0.1, False, HOPPER, "tiles"),
+        (12, 12, 32, 128, 0.1, True, HOPPER, "flash"),
+        (12, 12, 32, 512, 0.0, True, HOPPER, "tiles"),
+        (16, 8, 128, 512, 0.0, True, HOPPER, "flash"),
+        (16, 8, 64, 512, 0.0, False, HOPPER, "flash"),
+        (3, 3, 256, 512, 0.0, True, HOPPER, "flash"),
+    ],
+)
+def test_the_kernel_measured_fastest_is_taken(
+    heads: int, groups: int, size: int, longest: int, dropout: float, dense: bool, card: tuple[int, int], kernel: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
+    monkeypatch.setenv("CC", "cc")
+    query, key = (torch.empty(4, many, size, dtype=torch.bfloat16) for many in (heads, groups))
+    assert attention._kernel(query, key, longest, dropout, None, dense) == kernel
+    if kernel == "dense":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert attention._kernel(query, key, longest, dropout, None, dense) == "tiles"
+    if kernel == "tiles":
+        monkeypatch.delenv("CC")
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        assert attention._kernel(query, key, longest, dropout, None, dense) == "flash"
