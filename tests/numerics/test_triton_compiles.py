@@ -6,7 +6,6 @@ layouts in the compiler, and shared memory against the 99 KB that a block may ta
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -78,50 +77,3 @@ def test_attention_compiles_and_fits(place: int, part: str, dtype: torch.dtype, 
     from burnish.kernels.biased_attention import launch
 
     fits(attention(part, dtype, size, capability, launch(size, dtype)[place]))
-
-
-@pytest.mark.parametrize("rank", [16, 32, 64])
-def test_lora_gradients_compile_and_fit(rank: int) -> None:
-    from burnish.kernels import lora_grad
-
-    kinds = {name: "*bf16" for name in ("left", "right", "grad", "seen", "up")}
-    kinds |= {name: "*fp32" for name in ("parts", "back_parts", "up_parts")}
-    wide, rows, warps, stages = lora_grad.TALL
-    constants: dict[str, Any] = {"RANK": rank, "WIDE": wide, "ROWS": rows}
-    for turned in (False, True):
-        more = {"TURNED": turned, "PRECISION": "ieee"}
-        fits(compiled(lora_grad.tall_tile, kinds, constants | more, 90, warps, stages))
-    if rank in lora_grad.JOINT:
-        wide, rows, warps, stages = lora_grad.JOINT[rank]
-        constants = {"RANK": rank, "WIDE": wide, "ROWS": rows}
-        fits(compiled(lora_grad.joint_tile, kinds, constants, 90, warps, stages))
-
-
-FUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "norm": ("norm", "norm_rows", {"BIASED": True, "ADDED": True}),
-    "norm gradient": ("norm", "norm_gradient", {"SUMMED": True, "PASSED": True}),
-    "gate": ("activation", "activate", {"KIND": 0, "GATED": True, "BLOCK": 1024}),
-    "gate's gradient": ("activation", "activate_gradient", {"KIND": 1, "GATED": True, "BLOCK": 1024}),
-    "rotary": ("rotary", "rotate", {"HEADS": 12, "HALF": 32, "BACK": True, "ROWS": 64, "WIDE": 32}),
-    "pool": ("pooling", "pool", {"MODE": 0, "NORMALIZE": True, "ROWS": 8, "WIDE": 1024}),
-    "pool's gradient": ("pooling", "pool_gradient", {"MODE": 0, "NORMALIZE": True, "ROWS": 8, "WIDE": 1024}),
-    "embedding's gradient": ("embedding", "add_up", {"ROWS": 16, "WIDE": 256}),
-}
-SINGLES = ("eps", "offset", "inflation", "shortest")
-FLOATS = ("means", "scales", "weight_parts", "bias_parts", "lengths", "pooled")
-INTEGERS = {"bounds": "*i32", "drawn": "*i32", "ids": "*i64", "order": "*i64"}
-HALVES = (
-    "states", "weight", "bias", "residual", "out", "total", "grad", "grad_total", "grad_states", "grad_residual",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_fused_operations_compile_and_fit(name: str) -> None:
-    file, function, constants = FUSED[name]
-    module = importlib.import_module(f"burnish.kernels.{file}")
-    kinds = {each: "*bf16" for each in HALVES} | {each: "*fp32" for each in FLOATS} | INTEGERS
-    kinds |= {each: "fp32" for each in SINGLES} | {"cos": "*fp32", "sin": "*fp32"}
-    if file == "norm":
-        shared = {"WEIGHTED": True, "THRESHOLD": 1 << 29, "CENTRED": True, "ROWS": 2, "WIDE": 1024}
-        constants = constants | shared
-    fits(compiled(getattr(module, function), kinds, constants, 80, 8, 3))
