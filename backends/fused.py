@@ -127,6 +127,7 @@ class FusedStep:
             weight.grad = self._gradients[weight]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # what the warm-up held: the graph's own pool holds as much
         graph = torch.cuda.CUDAGraph()
         try:
             # The loader's thread pins memory meanwhile, which only this mode of capture allows.
@@ -143,7 +144,6 @@ class FusedStep:
         while len(self._graphs) >= GRAPHS:
             self._graphs.popitem(last=False)
         found = self._graphs[key] = Graph(graph, inputs, loss, trained)
-        torch.cuda.empty_cache()  # what the warm-up held, which the graph's own pool now holds again
         self.counts["captured"] += 1
         self.capture_seconds += time.perf_counter() - started
         return found

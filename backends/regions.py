@@ -6,13 +6,15 @@ Compiling a whole model takes minutes and again when a shape moves; one layer th
 
 from __future__ import annotations
 
+import importlib
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from ..kernels.light_dropout import LightDropout
@@ -80,23 +82,45 @@ class Regions:
                     del layer._own_dtype
 
     def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _mark_tokens((args, kwargs))
-        return self._compiled(layer, *args, **kwargs)
+        rows, bounds = _mark_tokens((args, kwargs))
+        with _whole_texts() if any(row % (bound - 1) == 0 for row in rows for bound in bounds) else nullcontext():
+            return self._compiled(layer, *args, **kwargs)
 
 
-def _mark_tokens(value: Any) -> None:
-    """Tell the compiler which sizes change from batch to batch: every packed row's tokens, and the number of texts."""
+def _mark_tokens(value: Any) -> tuple[set[int], set[int]]:
+    """Tell the compiler which sizes change from batch to batch, and return them: every packed row's tokens, and the
+    length of every list of bounds."""
+    rows, bounds = set(), set()
+    for tensor in _tensors(value):
+        if tensor.dim() == 1 and not tensor.is_floating_point():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            bounds.add(max(2, tensor.shape[0]))
+        elif tensor.dim() >= 2 and tensor.shape[0] == 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+            rows.add(tensor.shape[1])
+    return rows, bounds
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        if value.dim() == 1 and not value.is_floating_point():
-            torch._dynamo.maybe_mark_dynamic(value, 0)
-        elif value.dim() >= 2 and value.shape[0] == 1:
-            torch._dynamo.maybe_mark_dynamic(value, 1)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            _mark_tokens(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            _mark_tokens(part)
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def _whole_texts() -> AbstractContextManager[Any]:
+    """For a batch whose texts may all have one length L, where attention asks for N L tokens of N + 1 bounds.
+
+    To the compiler the tokens are then L bounds less L, a sum, and torch before 2.13 forgets the brackets around it
+    where the sum of a norm's weight gradient is made in the norm's own kernel (shape '[2048, 1024]' is invalid for
+    input of size 0). So it is made by itself.
+    """
+    if Version(torch.__version__) >= Version("2.13"):
+        return nullcontext()
+    inductor: Any = importlib.import_module("torch._inductor.config")
+    changed: AbstractContextManager[Any] = inductor.patch({"triton.mix_order_reduction": False})
+    return changed
 
 
 def _call(layer: Any, *args: Any, **kwargs: Any) -> Any:

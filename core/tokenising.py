@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -24,8 +25,8 @@ Flat = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 _LIBRARIES = ("tokenizers", "transformers", "sentence-transformers")
-# An Encoding takes some 60 bytes a token beside its ids: a slice of long texts stays within 100 MB.
-_SLICE = 2_048
+# An Encoding takes some 60 bytes a token beside its ids: two slices of long texts stay within 100 MB.
+_SLICE = 512
 
 
 def why_not(model: Any) -> str | None:
@@ -127,12 +128,20 @@ class Recipe:
 
     def _short(self, texts: list[str]) -> Flat:
         encode = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
+        slices = [texts[start : start + _SLICE] for start in range(0, len(texts), _SLICE)]
+        if self.prompt:
+            slices = [[self.prompt + text for text in part] for part in slices]
         parts = []
-        for start in range(0, len(texts), _SLICE):
-            whole = texts[start : start + _SLICE]
-            ids = [found.ids for found in encode([self.prompt + text for text in whole] if self.prompt else whole)]
-            lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-            parts.append((np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths))
+        # The backend's cores work on the next slice while Python reads the ids of this one.
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(encode, slices[0])
+            for following in [*slices[1:], None]:
+                found = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(encode, following)
+                ids = [one.ids for one in found]
+                lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+                parts.append((np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths))
         return _joined(parts)
 
     def _own(self, texts: list[str]) -> Flat:

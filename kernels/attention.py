@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .lora import compute_dtype
+
 # Triton has wheels for Linux alone.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -229,8 +231,11 @@ def flash_packed_attention(
 
     They are FlashAttention-2's in PyTorch (Dao 2023), cuDNN's where every text has L tokens, as long ones cut to the
     model's limit do, and ours in Triton (`biased_attention`), which alone takes a bias and float32. None but the plain
-    version takes float64.
+    version takes float64. Under autocast float32 states, as a norm of queries makes them, are taken in its dtype.
     """
+    if query.dtype == torch.float32:
+        dtype = compute_dtype(query)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     arguments = (query, key, value, cu_seqlens, max_length)
     if window is not None and window >= max_length:
         window = None

@@ -278,3 +278,23 @@ def test_the_kernel_measured_fastest_is_taken(
         monkeypatch.delenv("CC")
         monkeypatch.setattr(shutil, "which", lambda name: None)
         assert attention._kernel(query, key, longest, dropout, None, dense) == "flash"
+
+
+def test_float32_states_are_taken_in_autocast_s_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3 and Gemma norm queries and keys, which float32 weights make float32 under autocast."""
+    seen: list[torch.dtype] = []
+
+    def watched(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append(query.dtype)
+        return query
+
+    monkeypatch.setattr(attention, "_kernel", lambda *_: "flash")
+    monkeypatch.setattr(attention, "_flash_attention", watched)
+    states = [state.float() for state in inputs(RAGGED, 2, 2, 16)[:3]]
+    states[2] = states[2].bfloat16()  # values come from a product, which autocast makes 16 bits already
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention.flash_packed_attention(states[0], states[1], states[2], bounds(RAGGED), max(RAGGED))
+    assert seen == [torch.bfloat16] and out.dtype == torch.bfloat16
+    states[2] = states[2].float()
+    out = attention.flash_packed_attention(states[0], states[1], states[2], bounds(RAGGED), max(RAGGED))
+    assert seen == [torch.bfloat16] and out.dtype == torch.float32
