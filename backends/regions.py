@@ -83,21 +83,21 @@ class Regions:
 
     def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         rows, bounds = _mark_tokens((args, kwargs))
-        with _whole_texts() if any(row % (bound - 1) == 0 for row in rows for bound in bounds) else nullcontext():
+        with _sums_apart() if _fragile(rows, bounds) else nullcontext():
             return self._compiled(layer, *args, **kwargs)
 
 
-def _mark_tokens(value: Any) -> tuple[set[int], set[int]]:
-    """Tell the compiler which sizes change from batch to batch, and return them: every packed row's tokens, and the
-    length of every list of bounds."""
-    rows, bounds = set(), set()
+def _mark_tokens(value: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Tell the compiler which sizes change from batch to batch, and return what has them: every packed row of tokens,
+    and every list of bounds."""
+    rows, bounds = [], []
     for tensor in _tensors(value):
         if tensor.dim() == 1 and not tensor.is_floating_point():
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            bounds.add(max(2, tensor.shape[0]))
+            bounds.append(tensor)
         elif tensor.dim() >= 2 and tensor.shape[0] == 1:
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
-            rows.add(tensor.shape[1])
+            rows.append(tensor)
     return rows, bounds
 
 
@@ -109,15 +109,20 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _whole_texts() -> AbstractContextManager[Any]:
-    """For a batch whose texts may all have one length L, where attention asks for N L tokens of N + 1 bounds.
+def _fragile(rows: list[torch.Tensor], bounds: list[torch.Tensor]) -> bool:
+    """Whether inductor had better not sum a norm's weight gradient in the norm's own kernel (`mix_order_reduction`).
 
-    To the compiler the tokens are then L bounds less L, a sum, and torch before 2.13 forgets the brackets around it
-    where the sum of a norm's weight gradient is made in the norm's own kernel (shape '[2048, 1024]' is invalid for
-    input of size 0). So it is made by itself.
+    It does so from 5 Mi elements on, and compiles again where a batch is on the other side: for 5 s, in the middle of a
+    run. And where all texts may have one length L, attention asks for N L tokens of N + 1 bounds: to the compiler the
+    tokens are then L bounds less L, a sum, around which torch before 2.13 forgets the brackets (shape '[2048, 1024]' is
+    invalid for input of size 0).
     """
-    if Version(torch.__version__) >= Version("2.13"):
-        return nullcontext()
+    whole = any(row.shape[1] % max(1, bound.shape[0] - 1) == 0 for row in rows for bound in bounds)
+    largest = max((row.numel() for row in rows), default=0)
+    return (whole and Version(torch.__version__) < Version("2.13")) or largest < 4 * 5 * 2**20
+
+
+def _sums_apart() -> AbstractContextManager[Any]:
     inductor: Any = importlib.import_module("torch._inductor.config")
     changed: AbstractContextManager[Any] = inductor.patch({"triton.mix_order_reduction": False})
     return changed

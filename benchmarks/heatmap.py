@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
-    from benchmarks.lines import MORE_IS_BETTER, Comparison, compare, geometric_mean, read
+    from benchmarks.lines import BEST, MORE_IS_BETTER, Comparison, compare, geometric_mean, read
     from benchmarks.shapes import SHAPES
 else:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from lines import MORE_IS_BETTER, Comparison, compare, geometric_mean, read
+    from lines import BEST, MORE_IS_BETTER, Comparison, compare, geometric_mean, read
     from shapes import SHAPES
 
 FIGURES = {
@@ -36,6 +36,7 @@ MODES = {
     "full-bf16": "full, pure bfloat16",
 }
 NAMES = {
+    "st": "Sentence Transformers + FA2 (MPNet: eager)",
     "st-eager": "Sentence Transformers (eager attention)",
     "st-sdpa": "Sentence Transformers (SDPA)",
     "st-fa2": "Sentence Transformers + FA2",
@@ -100,8 +101,9 @@ def _cell(axes: Any, x: int, y: int, one: Comparison | None, peer: str, colours:
         dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 0.55
         words, ink, size = f"{one.ratio:.2f}×", "white" if dark else "#111111", 10.0
     elif one is not None:
-        words = "peer gave\nno result" if one.lacking == peer else "FAILED"
-        ink, weight = ("#666666", "normal") if one.lacking == peer else ("#b00020", "bold")
+        theirs = one.lacking in BEST.get(peer, (peer,))
+        words = "peer gave\nno result" if theirs else "FAILED"
+        ink, weight = ("#666666", "normal") if theirs else ("#b00020", "bold")
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, linewidth=1.5, **settings))
     box = None if one is not None and one.ratio is not None else {"facecolor": "#f4f4f4", "edgecolor": "none", "pad": 1}
     axes.text(x, y, words, ha="center", va="center", color=ink, fontsize=size, fontweight=weight, bbox=box)
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--into", type=Path, default=Path("docs/assets/benchmarks"))
     parser.add_argument("--system", default="burnish")
-    parser.add_argument("--peers", default="st-eager,st-sdpa,st-fa2,st-fa2-compile,unsloth")
+    parser.add_argument("--peers", default="st,unsloth")
     parser.add_argument("--figure", default="pairs_per_s", choices=MORE_IS_BETTER)
     given = parser.parse_args(arguments)
     drawn = draw_all(read(given.results), given.into, given.system, given.peers.split(","), given.figure)

@@ -1,7 +1,7 @@
 """Times of single kernels beside what they would replace, on one GPU: a JSON line for each arm.
 
-    PYTHONPATH=.dev python benchmarks/kernels.py attention
-    PYTHONPATH=.dev python benchmarks/kernels.py attention --sweep    launch settings, each kernel apart
+    PYTHONPATH=.dev python benchmarks/kernels.py attention biased
+    PYTHONPATH=.dev python benchmarks/kernels.py biased --sweep    launch settings, each kernel apart
 
 Each arm is captured in a CUDA graph and replayed, as the fused backend runs it, so that no launch from Python is timed:
 `ms` is the median of 20 replays, `first_s` what the first call took, compilation included.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Call = Callable[[], Any]
 
@@ -75,34 +76,73 @@ def texts(count: int, length: int, heads: int, size: int) -> tuple[list[Tensor],
 ATTENTION = ((64, 512), (16, 2048), (128, 128))
 
 
-def attention() -> None:
-    """Forward and backward of 12 heads of 64: ours, the plain version, FlashAttention without the bias."""
-    from burnish.kernels.attention import flash_packed_attention, packed_attention
+def biased() -> None:
+    """MPNet's attention, 12 heads of 64 with a bias by distance: ours and the plain version."""
+    from burnish.kernels.attention import packed_attention
     from burnish.kernels.biased_attention import biased_attention
 
     for (count, length), dropout in itertools.product(ATTENTION, (0.0, 0.1)):
         states, bias, bounds, grad = texts(count, length, 12, 64)
-        frozen = bias.detach()
-        arms: dict[str, tuple[Callable[..., Tensor], Tensor | None]] = {
-            "ours, bias trained": (biased_attention, bias),
-            "ours, bias frozen": (biased_attention, frozen),
-            "ours, no bias": (biased_attention, None),
-            "FlashAttention-2, no bias": (flash_packed_attention, None),
-            "plain, bias trained": (packed_attention, bias),
-            "plain, bias frozen": (packed_attention, frozen),
-        }
-        for name, (operation, table) in arms.items():
-            forward = partial(operation, *states, bounds, length, bias=table, dropout=dropout)
-            leaves = [*states, bias] if table is bias else states
-
-            def both(forward: Call = forward, leaves: list[Tensor] = leaves, grad: Tensor = grad) -> Any:
-                return torch.autograd.grad(forward(), leaves, grad)
-
-            shape = {"bench": "attention", "texts": count, "length": length, "dropout": dropout, "arm": name}
-            report(**shape, forward=measure(forward), both=measure(both))
+        arms: dict[str, Callable[..., Tensor]] = {"ours": biased_attention, "plain": packed_attention}
+        for name, operation in arms.items():
+            for kind, table in {"trained": bias, "frozen": bias.detach()}.items():
+                forward = partial(operation, *states, bounds, length, bias=table, dropout=dropout)
+                leaves = [*states, bias] if table is bias else states
+                shape = {"bench": "biased", "texts": count, "length": length, "dropout": dropout, "arm": name}
+                report(**shape, bias=kind, **_timed(forward, leaves, grad))
 
 
-def attention_sweep() -> None:
+HEADS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "bge-large": (16, 16, 64, {"dropout": 0.1}),
+    "bge-large, no dropout": (16, 16, 64, {}),
+    "MiniLM": (12, 12, 32, {"dropout": 0.1}),
+    "ModernBERT": (12, 12, 64, {}),
+    "ModernBERT, window": (12, 12, 64, {"window": 65}),
+    "EmbeddingGemma": (3, 1, 256, {}),
+    "EmbeddingGemma, window": (3, 1, 256, {"window": 257}),
+    "Qwen3-0.6B": (16, 8, 128, {"causal": True}),
+}
+"""Query heads, key heads, their size, and what else attention is told."""
+
+
+def attention() -> None:
+    """The families' attention without a bias: FlashAttention-2, ours, and cuDNN where all texts have one length."""
+    from burnish.kernels import attention as module
+    from burnish.kernels.biased_attention import biased_attention
+
+    draw = torch.Generator().manual_seed(0)
+    for (name, (heads, groups, size, options)), (count, length) in itertools.product(HEADS.items(), ATTENTION):
+        natural = (torch.randn(count, generator=draw).mul(0.6).exp() * 0.3 * length).clamp(4, length).long()
+        for kind, lengths in {"natural": natural, "fixed": torch.full((count,), length)}.items():
+            tokens = int(lengths.sum())
+            bounds = functional.pad(lengths.cumsum(0), (1, 0)).int().cuda()
+            query, key, value, grad = (
+                torch.randn(tokens, many, size, device="cuda", dtype=torch.bfloat16)
+                for many in (heads, groups, groups, heads)
+            )
+            states = [state.requires_grad_() for state in (query, key, value)]
+            told: dict[str, Any] = {"scale": None, "dropout": 0.0, "causal": False, "window": None, **options}
+            arms: dict[str, Call] = {
+                "FlashAttention-2": partial(module._flash_attention, query, key, value, bounds, length, **told),
+                "ours": partial(biased_attention, query, key, value, bounds, length, **told),
+            }
+            if kind == "fixed" and told["window"] is None:
+                dense = (length, None, told["dropout"], told["causal"])
+                arms["cuDNN"] = partial(module._dense_attention, query, key, value, *dense)
+            shape = {"bench": "attention", "model": name, "length": length, "texts": count, "tokens": tokens}
+            for arm, forward in arms.items():
+                report(**shape, kind=kind, arm=arm, **_timed(forward, states, grad))
+
+
+def _timed(forward: Call, leaves: list[Tensor], grad: Tensor) -> dict[str, Any]:
+    """The forward alone, and with its backward."""
+    return {
+        "forward": measure(forward),
+        "both": measure(lambda: torch.autograd.grad(forward(), leaves, grad)),
+    }
+
+
+def biased_sweep() -> None:
     """Launch settings of each kernel at heads of 64, the others as they are."""
     from burnish.kernels import biased_attention as module
 
@@ -139,8 +179,8 @@ def _both(operation: Callable[..., Tensor], count: int, length: int) -> Any:
     return torch.autograd.grad(out, [*states, bias], grad)
 
 
-BENCHES: dict[str, Callable[[], None]] = {"attention": attention}
-SWEEPS: dict[str, Callable[[], None]] = {"attention": attention_sweep}
+BENCHES: dict[str, Callable[[], None]] = {"attention": attention, "biased": biased}
+SWEEPS: dict[str, Callable[[], None]] = {"biased": biased_sweep}
 
 
 def main() -> None:

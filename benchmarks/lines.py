@@ -28,6 +28,9 @@ MORE_IS_BETTER = {
 }
 """The figures that can be compared; a ratio above 1 is always in favour of the first system."""
 
+BEST = {"st": ("st-fa2", "st-eager")}
+"""A peer with the best attention that transformers has for a model: FlashAttention-2, for MPNet only the eager one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -75,7 +78,7 @@ def compare(lines: Sequence[Line], system: str, peer: str, figure: str) -> list[
     Args:
         lines: Lines, the older first.
         system: The first system.
-        peer: The second.
+        peer: The second, or a key of `BEST` for whichever of its systems a run has, the first named first.
         figure: A key of `MORE_IS_BETTER`.
     """
     found: dict[tuple[Any, ...], dict[str, Line]] = {}
@@ -84,9 +87,10 @@ def compare(lines: Sequence[Line], system: str, peer: str, figure: str) -> list[
         found.setdefault((line["device"], cell, line["run"]), {})[line["system"]] = line
     last: dict[tuple[Any, ...], Comparison] = {}
     for (device, cell, run), systems in found.items():
-        if system in systems and peer in systems:
+        other = next((systems[name] for name in BEST.get(peer, (peer,)) if name in systems), None)
+        if system in systems and other is not None:
             # A later run takes the place of an earlier one, unless it failed where that one had a result.
-            made = _compared(cell, run, device, systems[system], systems[peer], figure)
+            made = _compared(cell, run, device, systems[system], other, figure)
             before = last.get((device, cell))
             if made.ratio is not None or before is None or before.ratio is None:
                 last[device, cell] = made

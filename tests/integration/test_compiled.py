@@ -12,6 +12,7 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from burnish import FastSentenceTransformer, Trainer, TrainingArguments
+from burnish.backends import regions
 from burnish.backends.regions import Regions, fused_adapters, repeated_layers
 from burnish.core.testing.find import sample_config
 from burnish.core.testing.subject import Subject
@@ -79,3 +80,26 @@ def test_a_step_that_raises_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert kinds == [type(module) for module in model.modules()]
     with fused_adapters(model), pytest.raises(ZeroDivisionError):
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("texts", "length", "fragile"),
+    [(64, 512, True), (64, 513, False), (8, 512, True)],
+    ids=["whole", "ragged", "small"],
+)
+def test_a_norm_s_gradient_is_summed_apart_where_inductor_would_stumble(
+    texts: int, length: int, fragile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole texts, until torch 2.13; and batches that would lie on both sides of inductor's 5 Mi elements."""
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    tokens = texts * 512 + (length - 512)
+    batch = {"hidden": torch.empty(1, tokens, 1024, device="meta"), "bounds": torch.arange(texts + 1)}
+    rows, bounds = regions._mark_tokens(batch)
+    assert [row.shape[1] for row in rows] == [tokens] and len(bounds) == 1
+    assert regions._fragile(rows, bounds) == fragile
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    assert regions._fragile(rows, bounds) == (tokens * 1024 < 20 * 2**20)
+    config: Any = torch._inductor.config.triton
+    with regions._sums_apart():
+        assert config.mix_order_reduction is False
+    assert config.mix_order_reduction is True

@@ -180,6 +180,13 @@ time.sleep(60)
 """
 
 
+SEEN = """' + __import__("json").dumps({
+    "card": __import__("os").environ["CUDA_VISIBLE_DEVICES"], "told": " ".join(sys.argv), "system": sys.argv[2],
+    "model": "", "mode": "", "lengths": "", "seq": 1, "batch": 1, "checkpointing": False, "dropout": "", "wall_s": 1,
+    "pairs_per_s": 5.0, "step_ms_median": 1.0, "steady_ms_median": None, "steady_steps": 0, "steps": 1, "peak_gib": 1,
+    "first_step_s": 1.0, "compile_s": 1.0, "cache": "cold"}) + '"""
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [("ok", None), ("hang", "no result beyond the gate in 1 s"), ("fail", "exit code 1: ValueError: no such model")],
@@ -201,6 +208,35 @@ def test_a_cell_s_process_ends_as_a_line(
     cut = grid.Child(grid.Group(("burnish",), (), 30.0, line("", 1.0)), "burnish", ["hang"], alone)
     assert cut.finish(time.monotonic() + 0.5) is None  # the budget's end is no failure
     cut.end()
+
+
+def test_lanes_share_the_cells_and_keep_a_cell_s_systems_together(
+    bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = bench["grid"]
+    (tmp_path / "cell.py").write_text(STAND_IN.replace('{"pairs_per_s": 5.0}', SEEN), encoding="utf-8")
+    monkeypatch.setattr(grid, "__file__", str(tmp_path / "grid.py"))
+    monkeypatch.setattr(grid.cells, "HOME", tmp_path)
+    groups = [(grid.Group(("st-fa2", "burnish"), (), 30.0, line("", seq)), ("st-fa2", "burnish")) for seq in range(3)]
+    out = tmp_path / "lines.jsonl"
+    stamp = {"device": "NVIDIA", "run": "one"}
+    assert grid.run_all(groups, out, time.monotonic() + 50, stamp, [], 2) == []
+    found = bench["lines"].read([out])
+    assert len(found) == 6 and {one["lane"] for one in found} == {0, 1} and {one["lanes"] for one in found} == {2}
+    assert all(one["card"] == str(one["lane"]) for one in found), "a cell ran on another lane's card"
+    assert all(f"gate-{one['lane']}" in one["told"] for one in found)
+    assert grid.run_all(groups, out, time.monotonic() + 1, stamp, [], 2) != [], "no budget, yet nothing left out"
+
+
+def test_sentence_transformers_best_is_whichever_attention_a_model_has(bench: dict[str, ModuleType]) -> None:
+    lines = [
+        line("burnish", 6.0), line("st-fa2", 2.0), line("st-eager", 1.0),
+        line("burnish", 6.0, seq=128), line("st-eager", 1.0, seq=128),
+        line("burnish", 6.0, seq=64), line("st-fa2", None, seq=64), line("st-sdpa", 1.0, seq=32),
+    ]  # fmt: skip
+    found = {one["seq"]: one for one in bench["lines"].compare(lines, "burnish", "st", "pairs_per_s")}
+    assert {seq: one.ratio for seq, one in found.items()} == {512: 3.0, 128: 6.0, 64: None}
+    assert found[64].lacking == "st-fa2"
 
 
 def test_a_torn_line_does_not_spoil_the_next(bench: dict[str, ModuleType], tmp_path: Path) -> None:
