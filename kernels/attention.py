@@ -241,7 +241,7 @@ def flash_packed_attention(
         window = None
     if bias is None and query.dtype in (torch.float16, torch.bfloat16):
         dense = window is None and query.shape[0] == (cu_seqlens.shape[0] - 1) * max_length
-        kernel = _kernel(query, key, max_length, dropout, window, dense)
+        kernel = _kernel(query, key, max_length, dropout, dense)
     elif bias is not None and query.is_cuda and query.dtype != torch.float64 and query.shape[2] <= 256 and HAS_TRITON:
         kernel = "tiles"
     else:
@@ -256,7 +256,7 @@ def flash_packed_attention(
     return operation(*arguments, scale=scale, dropout=dropout, causal=causal, window=window, bias=bias)
 
 
-def _kernel(query: Tensor, key: Tensor, max_length: int, dropout: float, window: int | None, dense: bool) -> str:
+def _kernel(query: Tensor, key: Tensor, max_length: int, dropout: float, dense: bool) -> str:
     """The kernel for 16-bit states without a bias; `dense` where every text has L tokens.
 
     Milliseconds on an H200, forward and backward, FlashAttention-2 / Triton / cuDNN, from `benchmarks/kernels.py`

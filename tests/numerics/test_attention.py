@@ -270,14 +270,14 @@ def test_the_kernel_measured_fastest_is_taken(
     monkeypatch.setattr(attention, "HAS_TRITON", True)
     monkeypatch.setenv("CC", "cc")
     query, key = (torch.empty(4, many, size, dtype=torch.bfloat16) for many in (heads, groups))
-    assert attention._kernel(query, key, longest, dropout, None, dense) == kernel
+    assert attention._kernel(query, key, longest, dropout, dense) == kernel
     if kernel == "dense":
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-        assert attention._kernel(query, key, longest, dropout, None, dense) == "tiles"
+        assert attention._kernel(query, key, longest, dropout, dense) == "tiles"
     if kernel == "tiles":
         monkeypatch.delenv("CC")
         monkeypatch.setattr(shutil, "which", lambda name: None)
-        assert attention._kernel(query, key, longest, dropout, None, dense) == "flash"
+        assert attention._kernel(query, key, longest, dropout, dense) == "flash"
 
 
 def test_float32_states_are_taken_in_autocast_s_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,11 +180,14 @@ time.sleep(60)
 """
 
 
-SEEN = """' + __import__("json").dumps({
-    "card": __import__("os").environ["CUDA_VISIBLE_DEVICES"], "told": " ".join(sys.argv), "system": sys.argv[2],
-    "model": "", "mode": "", "lengths": "", "seq": 1, "batch": 1, "checkpointing": False, "dropout": "", "wall_s": 1,
-    "pairs_per_s": 5.0, "step_ms_median": 1.0, "steady_ms_median": None, "steady_steps": 0, "steps": 1, "peak_gib": 1,
-    "first_step_s": 1.0, "compile_s": 1.0, "cache": "cold"}) + '"""
+ON_A_LANE = """
+import json, os, sys
+print("GATE", flush=True)
+line = {name: 1 for name in ("seq", "batch", "pairs_per_s", "step_ms_median", "steps", "peak_gib", "first_step_s")}
+line |= {"system": sys.argv[2], "model": "", "mode": "", "lengths": "", "cache": "cold", "compile_s": 1.0}
+line |= {"steady_ms_median": None, "steady_steps": 0, "told": sys.argv, "card": os.environ["CUDA_VISIBLE_DEVICES"]}
+print("RESULT " + json.dumps(line), flush=True)
+"""
 
 
 @pytest.mark.parametrize(
@@ -214,17 +217,19 @@ def test_lanes_share_the_cells_and_keep_a_cell_s_systems_together(
     bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = bench["grid"]
-    (tmp_path / "cell.py").write_text(STAND_IN.replace('{"pairs_per_s": 5.0}', SEEN), encoding="utf-8")
+    (tmp_path / "cell.py").write_text(ON_A_LANE, encoding="utf-8")
     monkeypatch.setattr(grid, "__file__", str(tmp_path / "grid.py"))
     monkeypatch.setattr(grid.cells, "HOME", tmp_path)
-    groups = [(grid.Group(("st-fa2", "burnish"), (), 30.0, line("", seq)), ("st-fa2", "burnish")) for seq in range(3)]
+    groups = [
+        (grid.Group(("st-fa2", "burnish"), (), 30.0, line("", 1.0, seq=seq)), ("st-fa2", "burnish")) for seq in range(3)
+    ]
     out = tmp_path / "lines.jsonl"
     stamp = {"device": "NVIDIA", "run": "one"}
     assert grid.run_all(groups, out, time.monotonic() + 50, stamp, [], 2) == []
     found = bench["lines"].read([out])
     assert len(found) == 6 and {one["lane"] for one in found} == {0, 1} and {one["lanes"] for one in found} == {2}
     assert all(one["card"] == str(one["lane"]) for one in found), "a cell ran on another lane's card"
-    assert all(f"gate-{one['lane']}" in one["told"] for one in found)
+    assert all(str(tmp_path / f"gate-{one['lane']}") in one["told"] for one in found)
     assert grid.run_all(groups, out, time.monotonic() + 1, stamp, [], 2) != [], "no budget, yet nothing left out"
 
 
