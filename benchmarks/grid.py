@@ -247,7 +247,7 @@ class Queue:
     """Cells that lanes take from, a whole group at a time: its systems run on one card."""
 
     def __init__(self, groups: Sequence[tuple[Group, Sequence[str]]]) -> None:
-        self._groups = list(groups)
+        self._groups = [(one, systems) for one, systems in groups if systems]
         self._lock = threading.Lock()
 
     def take(self) -> list[tuple[Group, str]]:

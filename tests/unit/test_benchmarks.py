@@ -185,7 +185,7 @@ import json, os, sys
 print("GATE", flush=True)
 line = {name: 1 for name in ("seq", "batch", "pairs_per_s", "step_ms_median", "steps", "peak_gib", "first_step_s")}
 line |= {"system": sys.argv[2], "model": "", "mode": "", "lengths": "", "cache": "cold", "compile_s": 1.0}
-line |= {"steady_ms_median": None, "steady_steps": 0, "told": sys.argv, "card": os.environ["CUDA_VISIBLE_DEVICES"]}
+line |= {"steady_ms_median": None, "steady_steps": 0, "told": sys.argv, "card": os.environ.get("CUDA_VISIBLE_DEVICES")}
 print("RESULT " + json.dumps(line), flush=True)
 """
 
@@ -231,6 +231,9 @@ def test_lanes_share_the_cells_and_keep_a_cell_s_systems_together(
     assert all(one["card"] == str(one["lane"]) for one in found), "a cell ran on another lane's card"
     assert all(str(tmp_path / f"gate-{one['lane']}") in one["told"] for one in found)
     assert grid.run_all(groups, out, time.monotonic() + 1, stamp, [], 2) != [], "no budget, yet nothing left out"
+    done = [(groups[0][0], ()), groups[1]]
+    assert grid.run_all(done, out, time.monotonic() + 50, stamp, [], 1) == []
+    assert len(bench["lines"].read([out])) == 8, "a cell that was done before kept the next from its turn"
 
 
 def test_sentence_transformers_best_is_whichever_attention_a_model_has(bench: dict[str, ModuleType]) -> None:
