@@ -91,14 +91,14 @@ class FusedStep:
     def _warm(self, key: Hashable, model: nn.Module, batch: Mapping[str, Any], items: Any) -> Tensor:
         """A shape's first step; it shows which parameters get gradients, and whether the host draws random numbers."""
         self.counts["warm-up"] += 1
-        before = {weight: weight.grad for weight in self._parameters}
         trained: dict[nn.Parameter, None] = {}
-        hooks = []
+        hooks, lent = [], []
         for weight in self._parameters:
             if not weight.requires_grad:
                 continue
             if weight.grad is None and weight in self._gradients:  # rather than a second set of gradients
                 weight.grad = self._gradients[weight].zero_()
+                lent.append(weight)
             watched: Any = weight
             hooks.append(watched.register_post_accumulate_grad_hook(trained.setdefault))
         state = _host_random()
@@ -108,8 +108,8 @@ class FusedStep:
         finally:
             for hook in hooks:
                 hook.remove()
-            for weight, grad in before.items():
-                if grad is None and weight not in trained:
+            for weight in lent:
+                if weight not in trained:
                     weight.grad = None
         if _host_random() != state:
             self._refused[key] = "the step draws random numbers on the host"

@@ -27,6 +27,7 @@ PEERS = {
     "unsloth": None,
 }
 """The peers, with the attention that Sentence Transformers is told to use."""
+WITHOUT_FLASH = ("st-eager", "st-sdpa")
 OURS = "burnish"
 MODES = ("lora16", "qlora4", "full", "full-bf16")
 RANK, ALPHA = 32, 64
@@ -60,7 +61,7 @@ def prepare(system: str) -> None:
         return
     # The peers' collators tokenise in forked workers, where a parallel tokenizer would wait for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if system not in ("st-eager", "st-sdpa"):
+    if system not in WITHOUT_FLASH:
         sys.path.insert(0, str(Path(__file__).with_name("flash_attn_shim")))
     if system == "unsloth":
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -86,7 +87,7 @@ def load_ahead(path: Path, given: Namespace) -> None:
         import burnish
 
         _ = burnish.FastSentenceTransformer, burnish.Trainer
-    elif given.system in ("st-eager", "st-sdpa") and given.mode != "qlora4":
+    elif given.system in WITHOUT_FLASH and given.mode != "qlora4":
         _ahead.append(_stock(path, given))
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
-    from benchmarks.lines import BEST, MORE_IS_BETTER, Comparison, compare, geometric_mean, read
+    from benchmarks.lines import MORE_IS_BETTER, Comparison, compare, geometric_mean, read, systems_of
     from benchmarks.shapes import SHAPES
 else:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from lines import BEST, MORE_IS_BETTER, Comparison, compare, geometric_mean, read
+    from lines import MORE_IS_BETTER, Comparison, compare, geometric_mean, read, systems_of
     from shapes import SHAPES
 
 FIGURES = {
@@ -101,7 +101,7 @@ def _cell(axes: Any, x: int, y: int, one: Comparison | None, peer: str, colours:
         dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 0.55
         words, ink, size = f"{one.ratio:.2f}×", "white" if dark else "#111111", 10.0
     elif one is not None:
-        theirs = one.lacking in BEST.get(peer, (peer,))
+        theirs = one.lacking in systems_of(peer)
         words = "peer gave\nno result" if theirs else "FAILED"
         ink, weight = ("#666666", "normal") if theirs else ("#b00020", "bold")
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, linewidth=1.5, **settings))

@@ -32,6 +32,11 @@ BEST = {"st": ("st-fa2", "st-eager")}
 """A peer with the best attention that transformers has for a model: FlashAttention-2, for MPNet only the eager one."""
 
 
+def systems_of(peer: str) -> tuple[str, ...]:
+    """The systems that stand for a peer, the preferred first: those of `BEST`, or itself."""
+    return BEST.get(peer, (peer,))
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One cell of one run: the ratio between two systems, or why there is none.
@@ -87,7 +92,7 @@ def compare(lines: Sequence[Line], system: str, peer: str, figure: str) -> list[
         found.setdefault((line["device"], cell, line["run"]), {})[line["system"]] = line
     last: dict[tuple[Any, ...], Comparison] = {}
     for (device, cell, run), systems in found.items():
-        other = next((systems[name] for name in BEST.get(peer, (peer,)) if name in systems), None)
+        other = next((systems[name] for name in systems_of(peer) if name in systems), None)
         if system in systems and other is not None:
             # A later run takes the place of an earlier one, unless it failed where that one had a result.
             made = _compared(cell, run, device, systems[system], other, figure)

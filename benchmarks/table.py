@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
 if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
-    from benchmarks.lines import BEST, MORE_IS_BETTER, PART, Comparison, Line, compare, geometric_mean, read
+    from benchmarks.lines import MORE_IS_BETTER, PART, Comparison, Line, compare, geometric_mean, read, systems_of
 else:
     sys.path.insert(0, str(HERE))
-    from lines import BEST, MORE_IS_BETTER, PART, Comparison, Line, compare, geometric_mean, read
+    from lines import MORE_IS_BETTER, PART, Comparison, Line, compare, geometric_mean, read, systems_of
 
 HEADINGS = ("Goal", "Device", "Against", "Figure", "At least", "Reached", "Worst cell", "Geometric mean")
 
@@ -75,7 +75,7 @@ def _row(goal: Goal, device: str, taken: Sequence[Comparison]) -> tuple[str, ...
     if not taken:
         return (goal.goal, "–", goal.peer, figure, least, "not measured", "–", "–")
     ours = sum(one.lacking == goal.system for one in taken)
-    theirs = sum(one.lacking in BEST.get(goal.peer, (goal.peer,)) for one in taken)
+    theirs = sum(one.lacking in systems_of(goal.peer) for one in taken)
     # A cell in which the peer gives no result is not a ratio and not counted; one in which we give none is missed.
     judged = len(known) + ours
     reached = f"{judged} cells"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import biased_attention_tiles as tiles
-from .dropout import draw, threshold
+from .light_dropout import draw, threshold
 
 LOG2E = math.log2(math.e)
 LARGEST = 256
@@ -78,7 +78,7 @@ def biased_attention(
     numbers = None
     if dropout > 0.0:
         tokens, heads, _ = query.shape
-        numbers = draw((2 * tokens + 1) * heads, device=query.device)
+        numbers = draw(query, (2 * tokens + 1) * heads)
     out: Tensor = _attend(
         query, key, value, bias, cu_seqlens.int(), numbers, max_length,
         1 / math.sqrt(query.shape[2]) if scale is None else scale, dropout, causal, 0 if window is None else window,

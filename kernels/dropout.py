@@ -15,24 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
-from torch import Tensor
 
 jit: Callable[[Any], Any] = triton.jit
-
-
-def draw(*shape: int, device: torch.device) -> Tensor:
-    """`shape` int32 numbers, all 32 bits random."""
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
-
-
-def threshold(probability: float) -> int:
-    """What `keeps` compares with."""
-    if not 0.0 <= probability < 1.0:
-        raise ValueError(f"dropout: a probability of {probability} is not in [0, 1)")
-    return round(probability * 2**32)
 
 
 @jit
@@ -52,8 +38,8 @@ def columns_of(seed, places):
 def keeps(slope, shift, column, THRESHOLD: tl.constexpr):
     """Whether to keep each number of a tile; slopes and shifts of rows and numbers of columns broadcast to its shape.
 
-    Each hash is uniform and any two of a row are independent, for each of its columns' pair of numbers. A slope of its
-    own for each row is what keeps rows apart: sums of one number a row and one a column would tie the four corners of
-    every rectangle.
+    Each hash is uniform, and so is the difference of two in a row, a (x - y), where x - y is odd, and nearly elsewhere.
+    A slope of its own for each row is what keeps rows apart: sums of one number a row and one a column would tie the
+    four corners of every rectangle.
     """
     return slope * column + shift >= THRESHOLD

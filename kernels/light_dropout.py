@@ -2,7 +2,7 @@
 
 torch's dropout keeps one byte a number for the backward, which no compiler makes again, since it would draw other
 numbers. Here the mask is a hash of two random numbers a row and one a column (`dropout.keeps`), cheap to compute again:
-on an H100, two of them in a layer of 1,024 features spare 64 MiB of 814 for 32,768 tokens.
+two of them in a layer of 1,024 features spare 64 MiB for 32,768 tokens.
 """
 
 from __future__ import annotations
@@ -13,23 +13,31 @@ from torch import Tensor, nn
 
 # Opaque, so that numbers are drawn once and stored: a compiler would draw them in every place that reads them.
 @torch.library.custom_op("burnish::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _draw(like: Tensor, count: int) -> Tensor:
+def draw(like: Tensor, count: int) -> Tensor:
+    """`count` int32 numbers, all 32 bits random, where `like` is."""
     return torch.randint(-(2**31), 2**31, (count,), dtype=torch.int32, device=like.device)
 
 
-@_draw.register_fake
+@draw.register_fake
 def _(like: Tensor, count: int) -> Tensor:
     return like.new_empty(count, dtype=torch.int32)
+
+
+def threshold(probability: float) -> int:
+    """What a number's hash, uniform below 2^32, is compared with."""
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"dropout: a probability of {probability} is not in [0, 1)")
+    return round(probability * 2**32)
 
 
 def light_dropout(states: Tensor, probability: float) -> Tensor:
     """`torch.nn.functional.dropout` with `probability` in [0, 1), by hashes: (…, D) to (…, D), same dtype."""
     width = states.shape[-1]
     rows = states.numel() // width
-    numbers = _draw(states, 2 * rows + width)
+    numbers = draw(states, 2 * rows + width)
     slope, shift = numbers[: 2 * rows].view(2, *states.shape[:-1], 1).unbind()
     # Products wrap around at 32 bits; compared as signed numbers, so the threshold begins at the least of them.
-    kept = slope * numbers[2 * rows :] + shift >= round(probability * 2**32) - 2**31
+    kept = slope * numbers[2 * rows :] + shift >= threshold(probability) - 2**31
     return torch.where(kept, states * (1 / (1 - probability)), 0.0)
 
 
