@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer import readers as readers
     from sentence_transformers.sentence_transformer import training_args as training_args
 
+    from .core.arguments import TrainingArguments as TrainingArguments
     from .core.errors import BurnishError as BurnishError
     from .core.fast import FastSentenceTransformer as FastSentenceTransformer
     from .core.model import SentenceTransformer as SentenceTransformer
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from .core.trainer import SentenceTransformerTrainer as SentenceTransformerTrainer
     from .core.trainer import SentenceTransformerTrainingArguments as SentenceTransformerTrainingArguments
     from .core.trainer import Trainer as Trainer
-    from .core.trainer import TrainingArguments as TrainingArguments
 
     is_bfloat16_supported = is_bf16_supported
     models = _modules
@@ -55,7 +55,7 @@ _FACE = {
     "SentenceTransformerTrainer": ".core.trainer",
     "SentenceTransformerTrainingArguments": ".core.trainer",
     "Trainer": ".core.trainer",
-    "TrainingArguments": ".core.trainer",
+    "TrainingArguments": ".core.arguments",
     "is_bf16_supported": ".core.precision",
 }
 # Sentence Transformers' own, handed on.

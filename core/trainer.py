@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from . import batching, stream
+from .arguments import TrainingArguments as TrainingArguments
 from .cached import BUDGET, budget_of, cached_step, loss_of
 from .contracts import StepContext
 from .errors import ConfigError, ModelError, PluginError
@@ -37,33 +36,6 @@ if TYPE_CHECKING:
 # Up to this limit of a model all batches get one bound on their texts, so that a length more is no shape more. Blocks
 # past a text's end cost nothing until they are tens of thousands.
 LONG = 4096
-
-
-@dataclass
-class TrainingArguments(StockArguments):
-    """Sentence Transformers' training arguments, and one more.
-
-    On a CPU nothing is pinned: there is no device to copy to. On a GPU pinned batches are copied while it computes.
-
-    Args:
-        token_store: Whether texts are tokenised once, before the first step, and kept for other epochs and runs: True
-            (in the user's cache, or `BURNISH_CACHE`), a folder, or False.
-    """
-
-    token_store: bool | str = field(default=True, metadata={"help": "Tokenise once: True, False or a folder."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        if not isinstance(self.token_store, bool | str | os.PathLike) or self.token_store == "":
-            what = f"{self.token_store!r} is neither True, False nor a folder"
-            raise ConfigError(what, where="token_store", fix="Leave it out for the user's cache")
-        if not isinstance(self.token_store, bool):
-            self.token_store = os.fspath(self.token_store)  # arguments are written down as JSON
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False
-        elif self.dataloader_pin_memory:
-            settings: Any = self.accelerator_config
-            settings.non_blocking = True
 
 
 class _Observers(TrainerCallback):

@@ -173,7 +173,7 @@ def pair_prompts(config: RunConfig, model: SentenceTransformer, data: TrainingSe
 def _arguments(config: RunConfig, model: SentenceTransformer, folder: Path, prompts: dict[str, str]) -> Any:
     import torch
 
-    from .trainer import TrainingArguments
+    from .arguments import TrainingArguments
 
     kind = model.device.type
     return TrainingArguments(

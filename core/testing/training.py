@@ -189,7 +189,7 @@ def _train(subject: Subject, kind: Any, model: Any, folder: Path) -> tuple[torch
     from datasets import Dataset  # type: ignore[import-untyped]
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from ..trainer import TrainingArguments
+    from ..arguments import TrainingArguments
 
     pairs = Dataset.from_dict(
         {"anchor": [words(3 + n % 5, n) for n in range(16)], "positive": [words(9 + n % 7, n + 3) for n in range(16)]}
