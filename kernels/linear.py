@@ -40,7 +40,8 @@ def joined_linears(inputs: Tensor, *layers: nn.Module) -> list[Tensor]:
     """
     if all(isinstance(layer, FusedLora) for layer in layers):
         adapters = [adapter for layer in layers if (adapter := adapter_of(layer)) is not None]
-        if len(adapters) == len(layers):
+        kinds = {isinstance(adapter.weight, Tensor) for adapter in adapters}
+        if len(adapters) == len(layers) and len(kinds) == 1:
             return lora_linears(inputs, adapters)
     if not all(type(layer) is nn.Linear and not hooked(layer) for layer in layers):
         return linears(inputs, *layers)

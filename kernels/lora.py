@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import nf4
+from .nf4 import Stored
+
 # Columns that ride along are filled up to so many, 16 bytes of a 16-bit row: FlashAttention loads as much at once, and
 # reads the rows of a joint product where they lie.
 ALIGNED = 8
@@ -26,7 +29,7 @@ ALIGNED = 8
 class Adapter:
     """A layer and its one adapter: (O, I) `weight`, (O,) `bias`, (R, I) `down`, (O, R) `up`, factor `scale`."""
 
-    weight: Tensor
+    weight: Tensor | Stored
     bias: Tensor | None
     down: Tensor
     up: Tensor
@@ -37,10 +40,13 @@ def adapter_of(layer: Any) -> Adapter | None:
     """What a PEFT LoRA layer adds up, if it is nothing more than that; None if it is.
 
     More than that is: dropout on the adapter's input, a variant such as DoRA, two adapters, none (switched off or
-    merged), a quantised or other layer below, a hook that somebody set.
+    merged), another layer below than `nn.Linear` or one in 4 or 8 bits (whose weight is in `FusedLora.stored`), a hook
+    that somebody set.
     """
-    base = getattr(layer, "base_layer", None)
-    if type(base) is not nn.Linear or not hasattr(layer, "lora_A") or hooked(base) or hooked(layer):
+    base, stored = getattr(layer, "base_layer", None), getattr(layer, "stored", None)
+    if stored is None and type(base) is not nn.Linear:
+        return None
+    if not isinstance(base, nn.Linear) or not hasattr(layer, "lora_A") or hooked(base) or hooked(layer):
         return None
     if layer.disable_adapters or layer.merged or layer.fan_in_fan_out or len(layer.active_adapters) != 1:
         return None
@@ -49,9 +55,12 @@ def adapter_of(layer: Any) -> Adapter | None:
         return None
     down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     plain = type(dropout) is nn.Identity and up.bias is None and not hooked(down) and not hooked(up)
-    if not plain or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+    if not plain or (base.bias is not None and base.bias.requires_grad):
         return None
-    return Adapter(base.weight, base.bias, down.weight, up.weight, float(layer.scaling[name]))
+    if stored is None and base.weight.requires_grad:
+        return None
+    weight = base.weight if stored is None else stored
+    return Adapter(weight, base.bias, down.weight, up.weight, float(layer.scaling[name]))
 
 
 def hooked(layer: nn.Module) -> bool:
@@ -70,7 +79,10 @@ def compute_dtype(inputs: Tensor) -> torch.dtype:
 
 def add_lora(inputs: Tensor, adapter: Adapter) -> Tensor:
     """y = x W^T + b + s (x A^T) B^T, as PEFT adds it up: the plain version of one layer. (…, I) to (…, O)."""
-    out = functional.linear(inputs, adapter.weight, adapter.bias)
+    weight = adapter.weight
+    if isinstance(weight, Stored):
+        weight = nf4.dense(weight).to(inputs.dtype)
+    out = functional.linear(inputs, weight, adapter.bias)
     wide = inputs.to(adapter.down.dtype)
     added = functional.linear(functional.linear(wide, adapter.down), adapter.up) * adapter.scale
     return (out + added).to(out.dtype)
@@ -79,37 +91,45 @@ def add_lora(inputs: Tensor, adapter: Adapter) -> Tensor:
 def lora_linears(inputs: Tensor, adapters: list[Adapter]) -> list[Tensor]:
     """`add_lora` of each adapter on one input, as one product with the effective weights side by side.
 
-    The weights are rounded to the compute dtype with a fixed dither (`effective_weight`), so that an adapter's update
-    is not lost where it is smaller than half a step of that dtype; with B = 0 they are W, bit for bit. Gradients of A
-    and B are those of `add_lora`, with x and dy read twice each, whatever the number of layers.
+    A 16-bit weight is rounded to the compute dtype with a fixed dither (`effective_weight`), so that an adapter's
+    update is not lost where it is smaller than half a step of that dtype; with B = 0 it is W, bit for bit. Gradients of
+    A and B are those of `add_lora`, with x and dy read twice each, whatever the number of layers. Of weights in 4 or 8
+    bits those bits are kept for the backward, of others the effective weights.
 
     Args:
         inputs: (…, I).
-        adapters: Layers of the same I.
+        adapters: Layers of the same I, all of them in few bits or none.
 
     Returns:
         A (…, O) for each, in the compute dtype: views of one tensor.
     """
     dtype = compute_dtype(inputs)
-    biases = [adapter.bias for adapter in adapters]
+    heights = [adapter.up.shape[0] for adapter in adapters]
     bias = None
-    if any(one is not None for one in biases):
+    if any(adapter.bias is not None for adapter in adapters):
         bias = torch.cat([
-            (adapter.weight.new_zeros(adapter.weight.shape[0]) if adapter.bias is None else adapter.bias).to(dtype)
-            for adapter in adapters
+            (inputs.new_zeros(height) if adapter.bias is None else adapter.bias).to(dtype)
+            for adapter, height in zip(adapters, heights, strict=True)
         ])  # fmt: skip
     scales = [adapter.scale for adapter in adapters]
-    weights = [adapter.weight for adapter in adapters]
     pairs = [matrix for adapter in adapters for matrix in (adapter.down, adapter.up)]
     flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
+    few_bits = [adapter.weight for adapter in adapters if isinstance(adapter.weight, Stored)]
+    weights = [adapter.weight for adapter in adapters if isinstance(adapter.weight, Tensor)]
+    if few_bits and weights:
+        raise ValueError("lora_linears: some of the weights are in few bits and some are not")
+    tensors, sizes = nf4.flatten(few_bits)
     product: Any = _LoraProduct.apply
-    out: Tensor = product(flat, bias, scales, len(weights), *weights, *pairs)
-    parts = torch.split(out, [weight.shape[0] for weight in weights], dim=-1)
+    out: Tensor = product(flat, bias, scales, sizes, len(adapters), *pairs, *weights, *tensors)
+    parts = torch.split(out, heights, dim=-1)
     return [part.reshape(*inputs.shape[:-1], part.shape[-1]) for part in parts]
 
 
 class FusedLora:
     """Mixed into a PEFT layer's class for the length of a step (`fused_class`): one product with effective weights."""
+
+    stored: Stored | None = None
+    """The layer's weight in 4 or 8 bits, where it is: set for the length of a step."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(…, I) to (…, O)."""
@@ -133,53 +153,67 @@ class _LoraProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, bias: Tensor | None, scales: list[float], count: int, *matrices: Tensor) -> Any:
-        weights, pairs = matrices[:count], matrices[count:]
+    def forward(
+        ctx: Any, flat: Tensor, bias: Tensor | None, scales: list[float], sizes: list[int], count: int, *rest: Tensor
+    ) -> Any:
+        pairs, weights = rest[: 2 * count], rest[2 * count :]
         downs, ups = pairs[0::2], pairs[1::2]
-        made = [
-            effective_weight(weight, down, up, scale, flat.dtype)
-            for weight, down, up, scale in zip(weights, downs, ups, scales, strict=True)
-        ]
-        rows, ranks = sum(weight.shape[0] for weight in weights), sum(down.shape[0] for down in downs)
-        spare = flat.new_zeros(-ranks % ALIGNED, flat.shape[1])
-        joined = torch.cat([*made, *(down.to(flat.dtype) for down in downs), spare])
+        rows, ranks = sum(up.shape[0] for up in ups), sum(down.shape[0] for down in downs)
+        if sizes:
+            joined = nf4.stored_rows(list(weights), sizes, list(downs), list(ups), scales, -ranks % ALIGNED, flat)
+        else:
+            made = [
+                effective_weight(weight, down, up, scale, flat.dtype)
+                for weight, down, up, scale in zip(weights, downs, ups, scales, strict=True)
+            ]
+            spare = flat.new_zeros(-ranks % ALIGNED, flat.shape[1])
+            joined = torch.cat([*made, *(down.to(flat.dtype) for down in downs), spare])
         if bias is not None:
-            bias = torch.cat([bias, bias.new_zeros(len(joined) - rows)])
+            bias = torch.cat([bias, bias.new_zeros(joined.shape[0] - rows)])
         with torch.autocast(flat.device.type, enabled=False):
             out = functional.linear(flat, joined, bias)
         # A copy, small: a view would keep all of `out` until the backward.
-        ctx.save_for_backward(flat, joined, out[:, rows : rows + ranks].clone(), *pairs)
-        ctx.scales = scales
+        seen = out[:, rows : rows + ranks].clone()
+        ctx.save_for_backward(flat, seen, *pairs, *(weights if sizes else (joined,)))
+        ctx.scales, ctx.sizes = scales, sizes
         return out[:, :rows]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        flat, joined, seen, *pairs = ctx.saved_tensors
+        scales, sizes, count = ctx.scales, ctx.sizes, len(ctx.scales)
+        flat, seen, *rest = ctx.saved_tensors
+        pairs, weights = rest[: 2 * count], rest[2 * count :]
         downs, ups = pairs[0::2], pairs[1::2]
-        ranks, widths = [down.shape[0] for down in downs], [up.shape[0] for up in ups]
+        ranks, heights = [down.shape[0] for down in downs], [up.shape[0] for up in ups]
         with torch.autocast(flat.device.type, enabled=False):
-            scaled = [(up * scale).to(flat.dtype) for up, scale in zip(ups, ctx.scales, strict=True)]
-            beside = scaled[0] if len(scaled) == 1 else _diagonal(scaled)
+            scaled = [(up * scale).to(flat.dtype) for up, scale in zip(ups, scales, strict=True)]
             if ctx.needs_input_grad[0]:
-                size, rank = flat.shape[1], beside.shape[1]
-                spare = beside.new_zeros(len(beside), -rank % ALIGNED)
-                both = grad @ torch.cat([joined[: sum(widths)], beside, spare], dim=1)
-                inputs, back = both[:, :size], both[:, size : size + rank]
+                spare = -sum(ranks) % ALIGNED
+                if sizes:
+                    matrix = nf4.stored_columns(weights, sizes, downs, ups, scales, spare, grad)
+                else:
+                    beside = _diagonal(scaled)
+                    zeros = beside.new_zeros(beside.shape[0], spare)
+                    matrix = torch.cat([weights[0][: sum(heights)], beside, zeros], dim=1)
+                both = grad @ matrix
+                inputs, back = both[:, : flat.shape[1]], both[:, flat.shape[1] : flat.shape[1] + sum(ranks)]
             else:
-                inputs, back = None, grad @ beside
+                inputs, back = None, grad @ _diagonal(scaled)
             down_grads = torch.split(back.t() @ flat, ranks)
-            parts, rows = torch.split(grad, widths, dim=1), torch.split(seen, ranks, dim=1)
+            parts, rows = torch.split(grad, heights, dim=1), torch.split(seen, ranks, dim=1)
             found: list[Tensor] = []
-            for part, row, down_grad, down, up, scale in zip(
-                parts, rows, down_grads, downs, ups, ctx.scales, strict=True
-            ):
+            for part, row, down_grad, down, up, scale in zip(parts, rows, down_grads, downs, ups, scales, strict=True):
                 found += [down_grad.to(down.dtype), (part.t() @ row).to(up.dtype) * scale]
-        return inputs, None, None, None, *(None for _ in downs), *found
+        # The matrices after the pairs are frozen: as many as went in.
+        frozen = nf4.TENSORS * count if sizes else count
+        return inputs, None, None, None, None, *found, *(None for _ in range(frozen))
 
 
 def _diagonal(blocks: list[Tensor]) -> Tensor:
     """The blocks along the diagonal of a matrix of zeros."""
+    if len(blocks) == 1:
+        return blocks[0]
     place: Any = torch.block_diag
     out: Tensor = place(*blocks)
     return out
