@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +30,8 @@ PEERS = {
 WITHOUT_FLASH = ("st-eager", "st-sdpa")
 OURS = "burnish"
 MODES = ("lora16", "qlora4", "full", "full-bf16")
+STORAGES = ("8bit", "4bit", "host")
+"""Where Burnish's frozen embedding tables may live, beside their own dtype on the device."""
 RANK, ALPHA = 32, 64
 
 
@@ -46,6 +48,33 @@ class Arm:
 def ours(system: str) -> bool:
     """Whether a system is Burnish: "burnish", or "burnish-BACKEND"."""
     return system == OURS or system.startswith(f"{OURS}-")
+
+
+def checkpointing(said: str) -> bool | str:
+    """What follows `--checkpointing`.
+
+    Raises:
+        ArgumentTypeError: For anything else.
+    """
+    known: dict[str, bool | str] = {"true": True, "false": False, "offload": "offload", "selective": "selective"}
+    if said.lower() not in known:
+        raise ArgumentTypeError(f"{said!r} is not one of {', '.join(known)}")
+    return known[said.lower()]
+
+
+def check_settings(given: Namespace) -> None:
+    """Refuse settings that a system does not have.
+
+    Raises:
+        SystemExit: If there is one.
+    """
+    if ours(given.system):
+        return
+    own = {"--checkpointing selective": given.checkpointing == "selective",
+           "--activation-budget": given.activation_budget_gb is not None,
+           "--embedding-storage": given.embedding_storage is not None}  # fmt: skip
+    if odd := [name for name, on in own.items() if on]:
+        raise SystemExit(f"{given.system} has no {odd[0]}")
 
 
 def prepare(system: str) -> None:
@@ -111,7 +140,11 @@ def _targets(path: Path) -> list[str]:
 
 
 def _stock(path: Path, given: Namespace) -> Any:
-    """Sentence Transformers with PEFT."""
+    """Sentence Transformers with PEFT.
+
+    In 4 bits what is not a linear layer is bfloat16. `prepare_model_for_kbit_training` is not called: it would make all
+    of that float32, the embeddings too, and is not needed where training runs under autocast.
+    """
     import torch
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer
@@ -134,14 +167,29 @@ def _stock(path: Path, given: Namespace) -> Any:
             r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=_targets(path), task_type="FEATURE_EXTRACTION"
         )
         model.add_adapter(lora)
+    if given.checkpointing:
+        _checkpoint(model[0].model, offload=given.checkpointing == "offload")
     return model
 
 
+def _checkpoint(transformer: Any, *, offload: bool) -> None:
+    """transformers' own checkpointing of every layer, without re-entrance, as its trainer would switch it on.
+
+    Here and not by a training argument: those cannot ask for host memory in every version that is measured.
+    """
+    # transformers 5.18 renamed the method; the old name warns there and the new one is missing before.
+    enable = getattr(transformer, "activation_checkpointing_enable", None) or transformer.gradient_checkpointing_enable
+    enable({"use_reentrant": False}, every_n_layers=1, offload=offload)
+
+
 def _unsloth(path: Path, given: Namespace) -> Any:
-    """Unsloth's FastSentenceTransformer."""
+    """Unsloth's FastSentenceTransformer. In 4 bits it wants `load_in_16bit=False`, and computes in the `dtype` given.
+
+    "unsloth", its checkpoints in host memory, stands for "offload". Its compiler is off under any checkpointing.
+    """
     kind = import_module("unsloth").FastSentenceTransformer
     full = given.mode.startswith("full")
-    checkpointing = "unsloth" if given.checkpointing else False
+    checkpointing = "unsloth" if given.checkpointing == "offload" else given.checkpointing
     model = kind.from_pretrained(
         str(path),
         max_seq_length=given.seq,
@@ -164,6 +212,8 @@ def _burnish(path: Path, given: Namespace) -> Arm:
     from burnish import FastSentenceTransformer, Trainer, TrainingArguments
 
     full = given.mode.startswith("full")
+    told = {"activation_budget_gb": given.activation_budget_gb, "embedding_storage": given.embedding_storage}
+    chosen: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
     model = FastSentenceTransformer.from_pretrained(
         str(path),
         max_seq_length=given.seq,
@@ -173,6 +223,7 @@ def _burnish(path: Path, given: Namespace) -> Arm:
         use_gradient_checkpointing=given.checkpointing,
         backend=given.backend,
         device=given.device,
+        **chosen,
     )
     if not full:
         dense = ["Dense"] if any(type(module).__name__ == "Dense" for module in model.children()) else None

@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
     from benchmarks import arms, measuring, shapes, workload
     from benchmarks.clock import Clock, step_times
+    from benchmarks.lines import KEY
 else:
     sys.path.insert(0, str(HERE))
     import arms
@@ -34,14 +35,11 @@ else:
     import shapes
     import workload
     from clock import Clock, step_times
+    from lines import KEY
 
     # transformers looks for a package `kernels`, and would import kernels.py here for it.
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != HERE]
 
-KEY = ("system", "model", "mode", "seq", "batch", "lengths", "checkpointing", "dropout")
-"""What says which cell a line is of."""
-PART = ("model", "mode", "seq", "batch", "lengths", "checkpointing", "dropout")
-"""The same without the system: lines to be compared are equal in these."""
 HOME = Path(tempfile.gettempdir()) / "burnish-bench"
 
 
@@ -55,7 +53,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=32, help="pairs a step")
     made.add_argument("--lengths", default="fixed", choices=workload.LENGTHS)
     made.add_argument("--backend", default="auto", help="for burnish; burnish-NAME stands for --backend NAME")
-    made.add_argument("--checkpointing", action="store_true")
+    made.add_argument(
+        "--checkpointing", nargs="?", const=True, default=False, type=arms.checkpointing,
+        help='alone every layer; or "offload", kept in host memory; or "selective", for burnish',
+    )  # fmt: skip
+    made.add_argument(
+        "--activation-budget", type=float, dest="activation_budget_gb", metavar="GB",
+        help="for burnish: what activations may take, GB of 1e9 bytes",
+    )  # fmt: skip
+    made.add_argument(
+        "--embedding-storage", choices=arms.STORAGES, help="for burnish: where its frozen embedding tables live"
+    )
     made.add_argument("--dropout", default="config", choices=("config", "zero"), help="the config's own, or none")
     made.add_argument("--steps", type=int, default=12, help="timed steps")
     made.add_argument("--warmup", type=int, default=6, help="steps before them")
@@ -87,6 +95,7 @@ def given_cell(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         given.backend = given.system.removeprefix(f"{arms.OURS}-")
     elif given.system == arms.OURS and given.backend != "auto":
         given.system = f"{arms.OURS}-{given.backend}"
+    arms.check_settings(given)
     if min(given.steps, given.warmup) < 1:
         raise SystemExit("--steps and --warmup must be at least 1")
     given.tokenizer = given.tokenizer or shapes.default_tokenizer()
@@ -156,15 +165,24 @@ def train(given: argparse.Namespace, scratch: Path, gate: Gate) -> dict[str, Any
     device: Any = torch.cuda
     early = not gate.at and device.is_initialized()
     gate.enter()
+    card = measuring.Card(given.device)
     started = time.perf_counter()
     arm = arms.load(path, given)
     load_s = time.perf_counter() - started
-    return {**timed(given, arm, scratch, data, lengths, flops / count * given.batch), "load_s": round(load_s, 1),
-            "start_s": round(started - born - gate.waited, 1), "gpu_before_gate": early}  # fmt: skip
+    load_peak = card.load_peak()
+    return {**timed(given, arm, scratch, data, lengths, flops / count * given.batch, card), **load_peak,
+            "load_s": round(load_s, 1), "start_s": round(started - born - gate.waited, 1),
+            "gpu_before_gate": early}  # fmt: skip
 
 
 def timed(
-    given: argparse.Namespace, arm: arms.Arm, scratch: Path, data: Any, lengths: list[int], flops: float
+    given: argparse.Namespace,
+    arm: arms.Arm,
+    scratch: Path,
+    data: Any,
+    lengths: list[int],
+    flops: float,
+    card: measuring.Card,
 ) -> dict[str, Any]:
     """Train and time: `lengths` are those of all texts in tokens, `flops` what a step takes at least."""
     import torch
@@ -196,7 +214,7 @@ def timed(
         "steps": len(gaps),
         "engine": dict(getattr(engine, "counts", {})),
         "capture_s": round(float(getattr(engine, "capture_seconds", 0.0)), 2),
-        **measuring.memory(given.device),
+        **card.memory(),
         "losses": clock.losses,
         "trained_parameters": sum(weight.numel() for weight in arm.model.parameters() if weight.requires_grad),
         "dtype": str(arms.master_dtype(given)).removeprefix("torch."),
@@ -222,7 +240,6 @@ def arguments(given: argparse.Namespace, arm: arms.Arm, scratch: Path) -> Any:
         report_to="none",
         dataloader_num_workers=given.workers if cuda else 0,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
-        gradient_checkpointing=given.checkpointing and given.system.startswith("st-"),
         torch_compile=given.system.endswith("-compile"),
         disable_tqdm=True,
         use_cpu=not cuda,

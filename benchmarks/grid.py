@@ -35,8 +35,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks import cell as cells
+    from benchmarks.lines import KEY, setting, value
 else:
     import cell as cells
+    from lines import KEY, setting, value
 
 Line = dict[str, Any]
 LEAST = 15
@@ -54,7 +56,7 @@ class Group:
 
     def key(self, system: str) -> tuple[Any, ...]:
         """What says that a line of the file is this cell of that system."""
-        return tuple({**self.where, "system": system}[name] for name in cells.KEY)
+        return tuple({**self.where, "system": system}[name] for name in KEY)
 
 
 def group(text: str, each: float, extra: Sequence[str] = ()) -> Group:
@@ -72,15 +74,16 @@ def group(text: str, each: float, extra: Sequence[str] = ()) -> Group:
         place = options.index("--each")
         each = float(options[place + 1])
         del options[place : place + 2]
-    known = vars(cells.given_cell([*options, *extra, "--tokenizer", "-"]))
-    return Group(tuple(systems.split(",")), tuple(options), each, {name: known[name] for name in cells.KEY})
+    for system in systems.split(","):  # also says which system lacks one of the settings
+        known = vars(cells.given_cell(["--system", system, *options, *extra, "--tokenizer", "-"]))
+    return Group(tuple(systems.split(",")), tuple(options), each, {name: known[name] for name in KEY})
 
 
 def done_before(lines: Sequence[Line]) -> dict[tuple[Any, ...], set[str]]:
     """Cell and system to the runs that have a line of it."""
     found: dict[tuple[Any, ...], set[str]] = {}
     for line in lines:
-        found.setdefault(tuple(line[name] for name in cells.KEY), set()).add(line["run"])
+        found.setdefault(tuple(value(line, name) for name in KEY), set()).add(line["run"])
     return found
 
 
@@ -102,6 +105,8 @@ class Lane:
 
     number: int
     many: int
+    alone: bool = False
+    """Whether nothing gets ready on the card while a cell runs: its context would be counted as the cell's memory."""
 
     def options(self) -> list[str]:
         """What cell.py is told beside the cell."""
@@ -203,7 +208,7 @@ def reason(said: str) -> str:
 
 def shown(line: Line) -> str:
     """A line for people."""
-    size = f"{line['seq']:5} x{line['batch']:<4}"
+    size = f"{line['seq']:5} x{line['batch']:<4} {setting(line):13}"
     cell = f"{line['system']:18} {line['model']:23} {line['mode']:9} {line['lengths']:7} {size}"
     if "error" in line:
         return f"{cell}  FAILED after {line['wall_s']:.0f} s: {line['error']}"
@@ -211,8 +216,8 @@ def shown(line: Line) -> str:
     return (
         f"{cell} {line['pairs_per_s']:9.1f} pairs/s {line['step_ms_median']:8.1f} ms "
         f"(steady {'-' if steady is None else format(steady, '.1f')} in {line['steady_steps']} of {line['steps']})  "
-        f"{line['peak_gib']} GiB  first {line['first_step_s']:.1f} s, compile {line['compile_s']:.1f} s "
-        f"({line['cache']})  [{line['gate_s']:.0f} of {line['wall_s']:.0f} s]"
+        f"{line['peak_gib']} GiB, device {line.get('process_gib')}  first {line['first_step_s']:.1f} s, "
+        f"compile {line['compile_s']:.1f} s ({line['cache']})  [{line['gate_s']:.0f} of {line['wall_s']:.0f} s]"
     )
 
 
@@ -241,6 +246,19 @@ def measured_machine(extra: Sequence[str]) -> Line:
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     found: Line = json.loads(next(line for line in said if line.startswith("RESULT ")).removeprefix("RESULT "))
     return found
+
+
+def build_models(wanted: Sequence[Group], extra: Sequence[str], limit: float) -> None:
+    """Write the models of all cells before the first is timed, in one process, on the GPU where there is one: there a
+    model of 4 billion weights takes seconds. What fails is said, and left to its cells."""
+    given = [cells.given_cell([*one.options, *extra]) for one in wanted]
+    names = dict.fromkeys(f"{one.model}{'-nodrop' * (one.dropout == 'zero')}" for one in given)
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("shapes.py")), *names]
+    command += ["--models", str(given[0].models), "--tokenizer", given[0].tokenizer, *["--cpu"] * given[0].cpu]
+    try:
+        subprocess.run(command, check=True, timeout=max(1.0, limit))
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"models are left to their cells to build: {error}", flush=True)
 
 
 class Queue:
@@ -282,7 +300,7 @@ def run_lane(queue: Queue, lane: Lane, out: Path, end: float, stamp: Line, extra
         begin()
         while children and left() >= LEAST:
             children[0].entered.wait(min(left(), children[0].wanted.each))
-            if stamp["device"] != "cpu":  # there, getting ready would take what is being timed
+            if stamp["device"] != "cpu" and not lane.alone:  # there, getting ready would take what is being timed
                 begin()
             line = children[0].finish(end)
             if line is None:
@@ -305,13 +323,19 @@ _WRITING = threading.Lock()
 
 
 def run_all(
-    groups: Sequence[tuple[Group, Sequence[str]]], out: Path, end: float, stamp: Line, extra: Sequence[str], lanes: int
+    groups: Sequence[tuple[Group, Sequence[str]]],
+    out: Path,
+    end: float,
+    stamp: Line,
+    extra: Sequence[str],
+    lanes: int,
+    alone: bool = False,
 ) -> list[str]:
     """Run the groups in order on as many lanes until `end`; returns the cells that were not run, or cut off."""
     queue = Queue(groups)
     with ThreadPoolExecutor(lanes) as pool:
         ends = [
-            pool.submit(run_lane, queue, Lane(number, lanes), out, end, stamp, extra) for number in range(lanes)
+            pool.submit(run_lane, queue, Lane(number, lanes, alone), out, end, stamp, extra) for number in range(lanes)
         ]  # fmt: skip
         late = [text for one in ends for text in one.result()]
     return late + [f"{system} {' '.join(one.options)}" for one, system in queue.rest()]
@@ -329,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=540, help="seconds for all of them")
     parser.add_argument("--each", type=float, default=150, help="seconds for one, unless it says otherwise")
     parser.add_argument("--lanes", type=int, default=1, help="cells at a time, each on a card of its own")
+    parser.add_argument("--alone", action="store_true", help="prepare no cell while one runs, for figures of memory")
     parser.add_argument("--run", help="go on with this run, on the same machine (default: a new one)")
     given = parser.parse_args(arguments)
     extra = shlex.split(given.options)
@@ -348,7 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for place, one in enumerate(wanted):
         systems = left_to_run(one, read(given.out), run)
         groups.append((one, systems if place % 2 == 0 else systems[::-1]))  # who goes first alternates
-    skipped = run_all(groups, given.out, end, stamp, extra, given.lanes)
+    if left := [one for one, systems in groups if systems]:
+        build_models(left, extra, end - time.monotonic())
+    skipped = run_all(groups, given.out, end, stamp, extra, given.lanes, given.alone)
     for text in skipped:
         print(f"NOT RUN, the budget is spent: {text}", flush=True)
     return 3 if skipped else 0

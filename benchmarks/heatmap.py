@@ -2,7 +2,8 @@
 
     python benchmarks/heatmap.py benchmarks/results/grid-*.jsonl --into docs/assets/benchmarks
 
-One figure for each device, mode, peer and kind of lengths, as PNG and SVG. A cell without a figure says why.
+One figure for each device, mode, peer and kind of lengths, as PNG and SVG. A cell without a figure says why. Lines of
+plain settings only, unless `--settings best` takes each system's best over its settings.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ FIGURES = {
     "pairs_per_s": "Pairs a second",
     "pairs_per_s_warm_store": "Pairs a second, texts tokenised before",
     "peak_gib": "Peak memory, times less",
+    "process_gib": "Memory on the device, times less",
     "steady_ms_mean": "Step time after compiling",
 }
 MODES = {
@@ -116,19 +118,23 @@ def write(made: Any, place: Path) -> None:
     made.savefig(place.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
-def draw_all(lines: Sequence[dict[str, Any]], into: Path, system: str, peers: Sequence[str], figure: str) -> list[Path]:
-    """Every figure that the lines give, with the config's own dropout and no checkpointing; returns their paths."""
+def draw_all(
+    lines: Sequence[dict[str, Any]], into: Path, system: str, peers: Sequence[str], figure: str, settings: str = "plain"
+) -> list[Path]:
+    """Every figure that the lines give, with the config's own dropout; returns their paths. For `settings` see
+    `lines.compare`."""
     import matplotlib
     from matplotlib import style
 
     groups: dict[tuple[str, ...], list[Comparison]] = {}
     for peer in peers:
-        for one in compare(lines, system, peer, figure):
-            if not one["checkpointing"] and one["dropout"] == "config":
+        for one in compare(lines, system, peer, figure, settings=settings):
+            if one["dropout"] == "config":
                 groups.setdefault((one.device, one["mode"], peer, one["lengths"]), []).append(one)
     drawn = []
     for (device, mode, peer, lengths), found in sorted(groups.items()):
         name = "-".join((_slug(device), mode, peer, lengths, figure.replace("_", "-")))
+        name += "-best" * (settings == "best")
         with style.context("default"), matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
             write(draw(found, system, peer, figure), into / name)
         drawn.append(into / f"{name}.svg")
@@ -147,8 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--system", default="burnish")
     parser.add_argument("--peers", default="st,unsloth")
     parser.add_argument("--figure", default="pairs_per_s", choices=MORE_IS_BETTER)
+    parser.add_argument("--settings", default="plain", choices=("plain", "best"))
     given = parser.parse_args(arguments)
-    drawn = draw_all(read(given.results), given.into, given.system, given.peers.split(","), given.figure)
+    peers = given.peers.split(",")
+    drawn = draw_all(read(given.results), given.into, given.system, peers, given.figure, given.settings)
     print("\n".join(map(str, drawn)) or "no run has lines of both systems")
 
 

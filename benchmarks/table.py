@@ -1,6 +1,8 @@
 """How often each goal of goals.toml is reached, as a Markdown table.
 
-python benchmarks/table.py [RESULTS.jsonl …]     without files: the grid's and the CPU's in benchmarks/results
+python benchmarks/table.py [RESULTS.jsonl …]     without files: those in benchmarks/results
+python benchmarks/table.py --part memory         GB against the limits of goals.toml
+python benchmarks/table.py --part context        the longest text in so many GB (context.py)
 """
 
 from __future__ import annotations
@@ -8,17 +10,39 @@ from __future__ import annotations
 import argparse
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
 if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
-    from benchmarks.lines import MORE_IS_BETTER, PART, Comparison, Line, compare, geometric_mean, read, systems_of
+    from benchmarks.lines import (
+        MORE_IS_BETTER,
+        PART,
+        Comparison,
+        Line,
+        best,
+        compare,
+        geometric_mean,
+        is_plain,
+        read,
+        setting,
+    )  # fmt: skip
 else:
     sys.path.insert(0, str(HERE))
-    from lines import MORE_IS_BETTER, PART, Comparison, Line, compare, geometric_mean, read, systems_of
+    from lines import (
+        MORE_IS_BETTER,
+        PART,
+        Comparison,
+        Line,
+        best,
+        compare,
+        geometric_mean,
+        is_plain,
+        read,
+        setting,
+    )  # fmt: skip
 
 HEADINGS = ("Goal", "Device", "Against", "Figure", "At least", "Reached", "Worst cell", "Geometric mean")
 
@@ -32,20 +56,37 @@ class Goal:
     peer: str
     figure: str
     at_least: float | None = None
+    settings: str = "plain"
+    peer_mode: str | None = None
     where: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.figure not in MORE_IS_BETTER:
             raise ValueError(f"{self.goal}: no figure {self.figure!r}; there are {', '.join(MORE_IS_BETTER)}")
-        if odd := sorted(set(self.where) - {*PART, "device"}):
-            raise ValueError(f"{self.goal}: a cell says nothing of {odd[0]!r}")
+        if self.settings not in ("plain", "best"):
+            raise ValueError(f"{self.goal}: settings are plain or best, not {self.settings!r}")
+        _check_where(self.goal, self.where)
 
-    def takes(self, one: Comparison) -> bool:
-        """Whether a comparison is of a cell that the goal speaks of: no checkpointing, the config's own dropout,
-        unless the goal says otherwise."""
-        wanted = {"checkpointing": False, "dropout": "config", **self.where}
-        device = str(wanted.pop("device", ""))
-        return one.device.startswith(device) and all(one[name] == value for name, value in wanted.items())
+    def compared(self, lines: Sequence[Line]) -> list[Comparison]:
+        """The comparisons of all cells that the goal speaks of."""
+        found = compare(
+            lines, self.system, self.peer, self.figure, settings=self.settings, peer_mode=self.peer_mode
+        )  # fmt: skip
+        return [one for one in found if speaks_of(self.where, one.device, dict(zip(PART, one.cell, strict=True)))]
+
+
+def speaks_of(where: dict[str, Any], device: str, cell: Mapping[str, Any]) -> bool:
+    """Whether a goal speaks of a cell: each value is the cell's, or a list that has it. The dropout is the config's own
+    unless the goal says otherwise."""
+    wanted = {"dropout": "config", **where}
+    if not device.startswith(str(wanted.pop("device", ""))):
+        return False
+    return all(cell[name] in (value if isinstance(value, list) else [value]) for name, value in wanted.items())
+
+
+def _check_where(goal: str, where: dict[str, Any]) -> None:
+    if odd := sorted(set(where) - {*PART, "device"}):
+        raise ValueError(f"{goal}: a cell says nothing of {odd[0]!r}")
 
 
 def goals(path: Path = HERE / "goals.toml") -> list[Goal]:
@@ -62,7 +103,7 @@ def rows(lines: Sequence[Line], wanted: Sequence[Goal]) -> list[tuple[str, ...]]
     """A row for each goal and device that has been measured, and one that says so for a goal that has not been."""
     found = []
     for goal in wanted:
-        taken = [one for one in compare(lines, goal.system, goal.peer, goal.figure) if goal.takes(one)]
+        taken = goal.compared(lines)
         devices = sorted({one.device for one in taken})
         found += [_row(goal, device, [one for one in taken if one.device == device]) for device in devices or [""]]
     return found
@@ -71,11 +112,12 @@ def rows(lines: Sequence[Line], wanted: Sequence[Goal]) -> list[tuple[str, ...]]
 def _row(goal: Goal, device: str, taken: Sequence[Comparison]) -> tuple[str, ...]:
     least = "–" if goal.at_least is None else f"{goal.at_least:g}×"
     figure = goal.figure.replace("_", " ")
+    peer = goal.peer + f", {goal.peer_mode}" * (goal.peer_mode is not None)
     known = sorted(((one.ratio, one) for one in taken if one.ratio is not None), key=lambda pair: pair[0])
     if not taken:
-        return (goal.goal, "–", goal.peer, figure, least, "not measured", "–", "–")
+        return (goal.goal, "–", peer, figure, least, "not measured", "–", "–")
     ours = sum(one.lacking == goal.system for one in taken)
-    theirs = sum(one.lacking in systems_of(goal.peer) for one in taken)
+    theirs = sum(one.lacking not in (None, goal.system) for one in taken)
     # A cell in which the peer gives no result is not a ratio and not counted; one in which we give none is missed.
     judged = len(known) + ours
     reached = f"{judged} cells"
@@ -88,32 +130,132 @@ def _row(goal: Goal, device: str, taken: Sequence[Comparison]) -> tuple[str, ...
         ratio, one = known[0]
         worst = f"{ratio:.2f}× ({one['model']}, {one['seq']} × {one['batch']}, {one['lengths']})"
     return (
-        goal.goal, device, goal.peer, figure, least, reached, worst, "–" if mean is None else f"{mean:.2f}×"
+        goal.goal, device, peer, figure, least, reached, worst, "–" if mean is None else f"{mean:.2f}×"
     )  # fmt: skip
 
 
-def markdown(found: Sequence[Sequence[str]]) -> str:
+def markdown(found: Sequence[Sequence[str]], headings: Sequence[str] = HEADINGS) -> str:
     """The rows as a table."""
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *found]
+    lines = [headings, ["---"] * len(headings), *found]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def committed() -> list[Path]:
-    """The grid's and the CPU's results that are in the repository, the older first."""
-    return sorted([*(HERE / "results").glob("grid-*.jsonl"), *(HERE / "results").glob("cpu-*.jsonl")])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """So many GB, of 1e9 bytes, that training on one cell may take; the fields are explained in goals.toml."""
+
+    goal: str
+    system: str
+    at_most: float
+    moonshot: float
+    where: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        _check_where(self.goal, self.where)
 
 
-def results_table() -> str:
-    """The table of the committed results, which docs/benchmarks.md shows."""
-    return markdown(rows(read(committed()), goals()))
+LIMIT_HEADINGS = (
+    "Goal", "Device", "System", "Allocated, GB", "On the device, GB", "Least with", "Plain, GB", "At most", "Reached"
+)  # fmt: skip
+
+
+def limits(path: Path = HERE / "goals.toml") -> list[Limit]:
+    """The limits of a file; for what is raised see `goals`."""
+    return [Limit(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["limits"]]
+
+
+def limit_rows(lines: Sequence[Line], wanted: Sequence[Limit]) -> list[tuple[str, ...]]:
+    """A row for each limit, device and system of the last run that has it: the setting of the least memory, and what
+    the plain one takes; and one that says so for a limit that has not been measured."""
+    found: list[tuple[str, ...]] = []
+    for limit in wanted:
+        taken = [line for line in lines if speaks_of(limit.where, line["device"], line)]
+        devices = sorted({line["device"] for line in taken})
+        for device in devices:
+            here = [line for line in taken if line["device"] == device]
+            runs = [line["run"] for line in here if line["system"] == limit.system] or [here[-1]["run"]]
+            last = [line for line in here if line["run"] == runs[-1]]
+            for name in sorted({line["system"] for line in last}, key=lambda name: (name == limit.system, name)):
+                found.append(_limit_row(limit, device, name, [line for line in last if line["system"] == name]))
+        if not devices:
+            found.append((limit.goal, "–", "–", "–", "–", "–", "–", _most(limit), "not measured"))
+    return found
+
+
+def _most(limit: Limit) -> str:
+    return f"{limit.at_most:g}, moonshot {limit.moonshot:g}"
+
+
+def _limit_row(limit: Limit, device: str, name: str, lines: Sequence[Line]) -> tuple[str, ...]:
+    one, plain = best(lines, "peak_gib"), best([line for line in lines if is_plain(line)], "peak_gib")
+    assert one is not None
+    peak = gigabytes(one.get("peak_gib"))
+    judged = "" if name != limit.system else "no"
+    if name == limit.system and peak is not None and peak <= limit.at_most:
+        judged = "the moonshot" if peak <= limit.moonshot else "yes"
+    return (
+        limit.goal, device, name, _gb(peak), _gb(gigabytes(one.get("process_gib"))),
+        "no result" if peak is None else setting(one), _gb(None if plain is None else gigabytes(plain.get("peak_gib"))),
+        _most(limit) if judged else "", judged,
+    )  # fmt: skip
+
+
+def gigabytes(gib: float | None) -> float | None:
+    """GB of 1e9 bytes in so many GiB."""
+    return None if gib is None else gib * 2**30 / 1e9
+
+
+def _gb(size: float | None) -> str:
+    return "–" if size is None else f"{size:.2f}"
+
+
+CONTEXT_HEADINGS = ("Model", "Device", "System", "Longest text, tokens", "With", "Peak, GB", "s a step", "Times")
+
+
+def context_rows(lines: Sequence[Line], ours: str = "burnish") -> list[tuple[str, ...]]:
+    """A row for each model, device, system and setting of the last run that has it (context.py); `Times` compares our
+    longest text with the longest of all others', whatever their settings."""
+    found: list[tuple[str, ...]] = []
+    last = {(line["model"], line["device"]): line["run"] for line in lines}
+    for (model, device), run in sorted(last.items()):
+        here = [line for line in lines if (line["model"], line["device"], line["run"]) == (model, device, run)]
+        known = [line for line in here if line.get("longest_tokens")]
+        peers = [line["longest_tokens"] for line in known if not line["system"].startswith(ours)]
+        for line in sorted(here, key=lambda line: (line["system"].startswith(ours), line.get("longest_tokens") or 0)):
+            longest, times = line.get("longest_tokens"), ""
+            if line["system"].startswith(ours) and longest and peers:
+                times = f"{longest / max(peers):.2f}×"
+            shown = f"{longest:,}" if longest else "no result"
+            shown += " or more" * bool(longest and not line.get("complete", True))
+            step = line.get("step_s")
+            found.append((
+                model, device, line["system"], shown, setting(line), _gb(gigabytes(line.get("peak_gib"))),
+                "–" if step is None else f"{step:.1f}", times,
+            ))  # fmt: skip
+    return found
+
+
+def committed(*kinds: str) -> list[Path]:
+    """Results that are in the repository, the older first: those whose names begin so."""
+    return sorted(path for kind in kinds for path in (HERE / "results").glob(f"{kind}-*.jsonl"))
+
+
+def results_table(part: str = "goals", results: Sequence[Path] = ()) -> str:
+    """A table of results, by default of the committed ones, as docs/benchmarks.md shows it."""
+    if part == "context":
+        return markdown(context_rows(read(results or committed("context"))), CONTEXT_HEADINGS)
+    if part == "memory":
+        return markdown(limit_rows(read(results or committed("grid", "memory")), limits()), LIMIT_HEADINGS)
+    return markdown(rows(read(results or committed("grid", "cpu", "memory")), goals()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--part", default="goals", choices=("goals", "memory", "context"))
     given = parser.parse_args(arguments)
-    print(markdown(rows(read(given.results or committed()), goals())))
+    print(results_table(given.part, given.results))
 
 
 if __name__ == "__main__":

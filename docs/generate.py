@@ -232,10 +232,20 @@ def versions() -> str:
     return table(("Library", "Allowed", "Tested from", "to"), rows)
 
 
-def benchmarks() -> str:
+def benchmarks(part: str = "goals") -> str:
     """How often each goal is reached by the committed results."""
-    command = [sys.executable, str(DOCS.parent / "benchmarks" / "table.py")]
+    command = [sys.executable, str(DOCS.parent / "benchmarks" / "table.py"), "--part", part]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout.strip()
+
+
+def memory() -> str:
+    """GB that training takes by the committed results, against the limits."""
+    return benchmarks("memory")
+
+
+def context() -> str:
+    """The longest texts that fit by the committed results."""
+    return benchmarks("context")
 
 
 def _pins(path: Path) -> dict[str, str]:
@@ -357,8 +367,11 @@ def _flag_default(flag: Any) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     part.__name__: part
-    for part in (options, hooks, values, types, operations, claims, checks, families, commands, versions, benchmarks)
-}
+    for part in (
+        options, hooks, values, types, operations, claims, checks, families, commands, versions, benchmarks, memory,
+        context,
+    )
+}  # fmt: skip
 
 
 def fresh(page: str) -> str:
