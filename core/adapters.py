@@ -253,17 +253,15 @@ def adapter_base(transformer: PreTrainedModel | None) -> str | None:
 
 
 def read_adapter(transformer: PreTrainedModel, name: str, **hub: Any) -> None:
-    """Load an adapter's weights again through PEFT, whose reader knows what transformers' own leaves out.
+    """Load an adapter's weights again through PEFT, in float32, whose reader knows what transformers' own leaves out.
 
-    transformers 5.17 to 5.23 miss the magnitudes of DoRA, and 5.17 misses `modules_to_save`; both log it and go on with
-    fresh values.
+    transformers rounds an adapter to the dtype of its base. Versions 5.17 to 5.23 miss the magnitudes of DoRA, and 5.17
+    misses `modules_to_save`; both log it and go on with fresh values.
 
     Raises:
         ModelError: If the file and the adapter do not fit each other.
     """
-    config = transformer.peft_config[transformer.active_adapters()[0]]
-    if not (getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None)):
-        return
+    wake_adapters(transformer)
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     known = {key: value for key, value in hub.items() if value is not None}

@@ -22,6 +22,7 @@ from .options import (
     quantization_of,
 )
 from .preparation import set_checkpointing
+from .quantised import size
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ class FastSentenceTransformer:
         for_inference: bool = False,
         pooling_mode: str | None = None,
         use_gradient_checkpointing: bool | str = False,
+        activation_budget_gb: float | None = None,
         backend: str = "auto",
         device: str | None = None,
         token: str | bool | None = None,
@@ -76,13 +78,17 @@ class FastSentenceTransformer:
             dtype: float32, bfloat16, float16, or "auto" for the checkpoint's own. None: float32 masters for full
                 fine-tuning; under adapters bfloat16 on an accelerator that has it if the family allows it, else
                 float32; on a CPU float32.
-            load_in_4bit: Store the frozen base as NF4 with double quantisation (CUDA and bitsandbytes).
-            load_in_8bit: Store the frozen base in 8 bits (CUDA and bitsandbytes).
+            load_in_4bit: Store the frozen base's linear layers as NF4 with double quantisation (bitsandbytes; a CUDA
+                device or a CPU).
+            load_in_8bit: Store them in 8 bits, LLM.int8() (bitsandbytes; a CUDA device or a CPU).
             load_in_16bit: True for a 16-bit base, False for float32, None for the policy of `dtype=None`.
             full_finetuning: Train every weight; otherwise `get_peft_model` is expected to follow.
             for_inference: Stock modules and no patches: embeddings are bit-equal to plain Sentence Transformers.
             pooling_mode: For a repository without `modules.json`; None is the family's default, and is said.
-            use_gradient_checkpointing: False, True, or "offload" (also "unsloth"): checkpoints in host memory.
+            use_gradient_checkpointing: False; True: a layer keeps its input and is computed again in the backward;
+                "selective": it keeps what is costly to compute too; "offload" (also "unsloth"): inputs in host memory.
+            activation_budget_gb: GB (1e9 bytes) that all layers may keep for the backward: as many as fit keep all, the
+                others are treated by `use_gradient_checkpointing` (left out: True).
             backend: How a training step is executed: a backend's name, or "auto".
             device: "cpu", "cuda", "cuda:1", "mps"; None picks the best there is.
             token: Hub token; None is the one that `hf auth login` left.
@@ -124,9 +130,11 @@ class FastSentenceTransformer:
             quantization=quantization_of(
                 load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit
             ),
+            quantization_config=given.get("quantization_config"),
             sixteen_bit=load_in_16bit,
             pooling_mode=pooling_mode,
-            checkpointing=checkpointing_option(use_gradient_checkpointing),
+            checkpointing=checkpointing_option(use_gradient_checkpointing) or activation_budget_gb is not None,
+            activation_budget_gb=activation_budget_gb,
             backend=backend,
             plugins=None if plugins is None else (plugins,) if isinstance(plugins, str) else tuple(plugins),
             packed=packed,
@@ -228,7 +236,7 @@ class FastSentenceTransformer:
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        total = sum(parameter.numel() for parameter in model.parameters())
+        total = sum(size(parameter) for parameter in model.parameters())
         lines = [
             f"adapter on {total / 1e6:.1f}M weights: {trained / 1e6:.2f}M to train ({trained / total:.2%})",
             *notes,

@@ -14,6 +14,7 @@ from .errors import ConfigError, ModelError
 from .machine import describe
 from .options import LoadOptions
 from .precision import PrecisionChoice, choose_precision
+from .quantised import stored_as
 from .recall import remedy
 from .registry import Registry, registry
 from .selection import choose_backend, choose_family, choose_kernel
@@ -179,7 +180,8 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
     Raises:
         PluginError, ConfigError, ModelError: Where something asked for cannot be had; see `selection` and `precision`.
     """
-    options = options.resolved(base)
+    stored = stored_as(config)
+    options = options.resolved(base, stored)
     if base and options.purpose == "full":
         fix = "Merge it first (save_pretrained_merged), or train the adapter on"
         raise ConfigError("the folder holds an adapter", where="full_finetuning", fix=fix)
@@ -192,7 +194,9 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
     offset = family.family.packing.position_offset if family.family.packing else 0
     if options.max_seq_length is not None:
         check_length(options.max_seq_length, config, offset)
-    precision = choose_precision(options, family.family.precision, machine, checkpoint=_config_dtype(config))
+    precision = choose_precision(
+        options, family.family.precision, machine, checkpoint=_config_dtype(config), stored=stored
+    )
     return Decision(
         options=options, config=config, device=device, base=base, machine=machine, registry=plugins, family=family,
         precision=precision, backend=backend, attention=attention, packed=packed, packed_reason=reason,

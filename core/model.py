@@ -30,6 +30,7 @@ from .packing import POOLS_PACKED_PROMPTS, padded, pool_packed
 from .precision import PrecisionChoice
 from .preparation import Preparation, attention_name, describe_pooling, prepare, set_checkpointing
 from .provenance import Provenance, write
+from .quantised import check_intact, unify
 from .recall import recall
 
 if TYPE_CHECKING:
@@ -118,10 +119,12 @@ class SentenceTransformer(Stock):
             raise ConfigError("the repository's modules.json says how it is pooled", where="pooling_mode", fix=fix)
         keywords["model_kwargs"] = _with_precision(keywords.get("model_kwargs"), decision)
         modules: tuple[Any, dict[str, Any]] = super()._load_modules(model_name_or_path, *args, **keywords)
-        if repository.base is not None and decision.options.purpose != "inference":
+        if decision.options.purpose != "inference":
             first = modules[0][0] if isinstance(modules[0], list) else next(iter(modules[0].values()))
+            unify(first.model, decision.precision)
             hub["cache_dir"] = hub.pop("cache_folder")
-            read_adapter(first.model, model_name_or_path, **hub)
+            if repository.base is not None:
+                read_adapter(first.model, model_name_or_path, **hub)
         return modules
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
@@ -204,6 +207,8 @@ class SentenceTransformer(Stock):
         if base.name and base.is_dir() and Path(path).is_dir() and base.samefile(path):
             fix = "Save to another folder, or save_pretrained_merged"
             raise ConfigError("the adapter needs the base model in this folder", where=str(path), fix=fix)
+        if self.transformers_model is not None:
+            check_intact(self.transformers_model)
         with atomic_folder(Path(path)) as staging, warnings.catch_warnings():
             if self._vocabulary_is_the_base_models():
                 # PEFT asks the Hub for the base model's, and warns where it gets no answer.
@@ -292,7 +297,7 @@ class SentenceTransformer(Stock):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """What a trainer calls for `gradient_checkpointing=True`; a model loaded with "offload" keeps that.
+        """What a trainer calls for `gradient_checkpointing=True`; one loaded with "selective" or "offload" keeps that.
 
         Raises:
             ModelError: If this architecture has no checkpointing: Sentence Transformers would log it and go on without.
@@ -304,7 +309,7 @@ class SentenceTransformer(Stock):
         set_checkpointing(
             self.burnish,
             self.transformers_model,
-            "offload" if offload or loaded == "offload" else True,
+            "offload" if offload else loaded or True,
             "gradient_checkpointing",
             every_n_layers=every_n_layers,
             torch_keywords=activation_checkpointing_kwargs,
@@ -338,7 +343,9 @@ class SentenceTransformer(Stock):
 
 def _script_options(model_kwargs: Mapping[str, Any] | None) -> LoadOptions:
     attention = (model_kwargs or {}).get("attn_implementation")
-    return LoadOptions(purpose="script", dtype=model_kwargs_dtype(model_kwargs), attention=attention)
+    quantised = (model_kwargs or {}).get("quantization_config")
+    dtype = model_kwargs_dtype(model_kwargs)
+    return LoadOptions(purpose="script", dtype=dtype, attention=attention, quantization_config=quantised)
 
 
 def _device_name(device: Any, placement: Any = None) -> str:
@@ -356,20 +363,15 @@ def _device_name(device: Any, placement: Any = None) -> str:
 
 
 def _with_precision(model_kwargs: Mapping[str, Any] | None, decision: Decision) -> dict[str, Any]:
-    """What goes to `AutoModel.from_pretrained`, with the chosen dtype and storage in it.
-
-    Raises:
-        ConfigError: If `model_kwargs` brings its own quantisation beside `load_in_4bit` or `load_in_8bit`.
-    """
+    """What goes to `AutoModel.from_pretrained`, with the chosen dtype and storage in it."""
     given = dict(model_kwargs or {})
     given.pop("torch_dtype", None)
     if decision.precision.dtype is not None:
         given["dtype"] = decision.precision.dtype
     if decision.precision.quantization_config is not None:
-        if given.get("quantization_config") is not None:
-            where = f"model_kwargs['quantization_config'], load_in_{decision.options.quantization}"
-            raise ConfigError("both are given", where=where, fix="Pass one of them")
         given["quantization_config"] = decision.precision.quantization_config
+    if decision.precision.storage is not None and given.get("device_map") is None:
+        given["device_map"] = {"": decision.device}  # else bitsandbytes' weights go to the first GPU there is
     return given
 
 

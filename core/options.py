@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .contracts import POOLING_MODES
 from .errors import ConfigError
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     import torch
 
 Purpose = Literal["adapters", "full", "inference", "script"]
-Checkpointing = Literal[False, True, "offload"]
+Checkpointing = Literal[False, True, "selective", "offload"]
+EmbeddingStorage = Literal["8bit", "4bit", "host"]
 # Unsloth's name for checkpoints kept in host memory.
 CHECKPOINTING_NAMES: dict[object, Checkpointing] = {
     False: False,
     None: False,
     True: True,
+    "selective": "selective",
     "offload": "offload",
     "unsloth": "offload",
 }
@@ -33,9 +35,14 @@ class LoadOptions:
             Sentence Transformers script does with it, which `resolved` turns into one of the others.
         dtype: The dtype asked for, "auto" for the checkpoint's own, or None for the family's policy.
         quantization: "4bit" (NF4, double quantisation) or "8bit" storage of the frozen base.
+        quantization_config: The config that `model_kwargs` brings instead, as transformers takes it.
         sixteen_bit: True asks for a 16-bit base, False for float32, None leaves it to the policy.
         pooling_mode: Overrides the default pooling of a repository without `modules.json`.
-        checkpointing: False, True, or "offload" (checkpoints in host memory).
+        checkpointing: False, True (a layer keeps its input), "selective" (what is costly to compute again too) or
+            "offload" (inputs wait in host memory).
+        activation_budget_gb: GB (1e9 bytes) for what layers keep: as many as fit keep all. None for no budget.
+        embedding_storage: Where the frozen embedding tables of an adapter's base lie: "8bit", "4bit" (NF4) or "host"
+            (the host's memory). None keeps them as they were read.
         backend: Name of the execution backend, or "auto".
         plugins: Plugins named for this run; None is automatic, empty means Burnish's own only.
         packed: Unpadded input: True (must be had), False, or None (where the family and the device gain by it).
@@ -47,9 +54,12 @@ class LoadOptions:
     purpose: Purpose = "adapters"
     dtype: torch.dtype | Literal["auto"] | None = None
     quantization: Literal["4bit", "8bit"] | None = None
+    quantization_config: Any = None
     sixteen_bit: bool | None = None
     pooling_mode: str | None = None
     checkpointing: Checkpointing = False
+    activation_budget_gb: float | None = None
+    embedding_storage: EmbeddingStorage | None = None
     backend: str = "auto"
     plugins: tuple[str, ...] | None = None
     packed: bool | None = None
@@ -64,6 +74,14 @@ class LoadOptions:
         if self.max_seq_length is not None and self.max_seq_length < 1:
             what = f"{self.max_seq_length} is less than one token"
             raise ConfigError(what, where="max_seq_length", fix="Pass a positive number")
+        if self.activation_budget_gb is not None and self.activation_budget_gb <= 0:
+            what = f"{self.activation_budget_gb} GB hold nothing"
+            raise ConfigError(what, where="activation_budget_gb", fix="Leave it out for no budget")
+        if self.activation_budget_gb is not None and self.checkpointing == "selective":
+            fix = 'Pass True or "offload": what becomes of the layers that the budget has no room for'
+            raise ConfigError("a budget chooses by itself", where='use_gradient_checkpointing="selective"', fix=fix)
+        if self.embedding_storage is not None:
+            _check_embeddings(self.embedding_storage, self.purpose)
         if self.purpose == "full" and self.quantization:
             what = f"full fine-tuning cannot train {self.quantization} weights"
             fix = "Drop load_in_4bit/load_in_8bit, or train adapters"
@@ -75,19 +93,29 @@ class LoadOptions:
             what = f"packed input has its own attention, model_kwargs asks for {self.attention!r}"
             raise ConfigError(what, where="packed=True", fix="Drop attn_implementation from model_kwargs")
 
-    def resolved(self, base: str | None) -> LoadOptions:
+    def resolved(self, base: str | None, stored: str | None = None) -> LoadOptions:
         """These options with "script" replaced by what a script expects of this folder.
 
-        An adapter (`base` is its base model) goes on as one over a float32 base; everything else is loaded for full
-        fine-tuning.
+        An adapter (`base` is its base model) goes on as one over a float32 base, and weights that are quantised (by
+        `stored`, or the script's own config) wait for one; everything else is loaded for full fine-tuning.
         """
         if self.purpose != "script":
             return self
-        if base is None:
+        if base is None and stored is None and self.quantization_config is None:
             return replace(self, purpose="full")
         import torch
 
         return replace(self, purpose="adapters", dtype=torch.float32 if self.dtype is None else self.dtype)
+
+
+def _check_embeddings(storage: str, purpose: Purpose) -> None:
+    if storage not in get_args(EmbeddingStorage):
+        fix = f"Pass None or one of {', '.join(get_args(EmbeddingStorage))}"
+        raise ConfigError(f"{storage!r} is unknown", where="embedding_storage", fix=fix)
+    if purpose in ("full", "inference"):
+        what = "only the frozen tables under an adapter can be stored otherwise"
+        fix = "Drop embedding_storage, or full_finetuning and for_inference"
+        raise ConfigError(what, where="embedding_storage", fix=fix)
 
 
 def checkpointing_option(value: object) -> Checkpointing:
@@ -99,7 +127,7 @@ def checkpointing_option(value: object) -> Checkpointing:
     try:
         return CHECKPOINTING_NAMES[value]
     except (KeyError, TypeError):
-        fix = 'Pass False, True, or "offload" (also written "unsloth")'
+        fix = 'Pass False, True, "selective", or "offload" (also written "unsloth")'
         raise ConfigError(f"{value!r} is unknown", where="use_gradient_checkpointing", fix=fix) from None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .contracts import Machine, Precision
 from .errors import ConfigError, ModelError
 from .options import LoadOptions
+from .quantised import Storage, agreed, as_object, check_device, settings
 
 if TYPE_CHECKING:
     import torch
@@ -15,10 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionChoice:
-    """The outcome: `dtype` None means the checkpoint's own; `quantization_config` goes to transformers."""
+    """The outcome.
+
+    Args:
+        dtype: Of all weights that are not quantised; None means the checkpoint's own.
+        reason: Why.
+        storage: How the linear layers of the frozen base are stored, or None for plain weights.
+        compute: What 4-bit layers compute in; None means as the rest.
+        quantization_config: What goes to transformers; None where the checkpoint brings its own.
+    """
 
     dtype: torch.dtype | None
     reason: str
+    storage: Storage | None = None
+    compute: torch.dtype | None = None
     quantization_config: Any = None
 
     def __str__(self) -> str:
@@ -44,7 +56,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def choose_precision(
-    options: LoadOptions, policy: Precision, machine: Machine, *, checkpoint: torch.dtype | None = None
+    options: LoadOptions,
+    policy: Precision,
+    machine: Machine,
+    *,
+    checkpoint: torch.dtype | None = None,
+    stored: str | None = None,
 ) -> PrecisionChoice:
     """The dtype for `options` under the family's policy on this machine.
 
@@ -57,24 +74,48 @@ def choose_precision(
         policy: What the family allows.
         machine: What the device has.
         checkpoint: The dtype that the repository's config names, for `dtype="auto"`; None if it names none.
+        stored: How the repository stores its weights (`quantised.stored_as`); None for plain weights.
 
     Raises:
         ModelError: If the policy refuses the dtype that was asked for.
         ConfigError: If the settings contradict each other, or quantised storage cannot be had here.
     """
+    storage = agreed(options.quantization, options.quantization_config, stored, options.purpose)
+    if storage and options.sixteen_bit:
+        raise ConfigError(f"the weights are stored as {storage}", where="load_in_16bit", fix="Drop load_in_16bit")
     _check_sixteen_bit(options, checkpoint)
     choice = _asked(options, machine, policy, checkpoint) or _by_policy(options, policy, machine, checkpoint)
-    if choice.dtype is not None and (name := _name(choice.dtype)) in policy.refused:
-        what = f"this architecture must not run in {name}: {policy.refused[name]}"
-        raise ModelError(what, where="dtype", fix="Pass dtype=None for the family's policy")
-    if options.quantization:
-        import torch
+    _check_refused(choice.dtype, policy, "dtype", "Pass dtype=None for the family's policy")
+    if storage is None:
+        return choice
+    check_device(storage, machine, trains=options.purpose != "inference")
+    return _quantised(options, policy, storage, choice, own=stored is not None)
 
-        # A checkpoint that names no dtype is float32, as transformers' own default is.
-        config = _quantization(options.quantization, choice.dtype or torch.float32, policy, machine)
-        reason = f"{options.quantization} storage, {choice.reason}"
-        return PrecisionChoice(dtype=choice.dtype, reason=reason, quantization_config=config)
-    return choice
+
+def _check_refused(dtype: torch.dtype | None, policy: Precision, where: str, fix: str) -> None:
+    if dtype is not None and (name := _name(dtype)) in policy.refused:
+        what = f"this architecture must not run in {name}: {policy.refused[name]}"
+        raise ModelError(what, where=where, fix=fix)
+
+
+def _quantised(
+    options: LoadOptions, policy: Precision, storage: Storage, choice: PrecisionChoice, *, own: bool
+) -> PrecisionChoice:
+    """`choice` with the storage; `own` where it is the checkpoint's own."""
+    import torch
+
+    # A checkpoint that names no dtype is float32, as transformers' own default is.
+    compute, config = choice.dtype or torch.float32, None
+    if options.quantization_config is not None:
+        config = options.quantization_config
+        config = as_object(config) if isinstance(config, Mapping) else config
+        named = getattr(config, "bnb_4bit_compute_dtype", None)
+        compute = named if storage == "4bit" and isinstance(named, torch.dtype) else compute
+        _check_refused(compute, policy, "bnb_4bit_compute_dtype", "Pass load_in_4bit=True instead of a config")
+    elif not own:
+        config = settings(storage, compute, policy)
+    reason = f"{storage} storage{' of the checkpoint' if own else ''}, {choice.reason}"
+    return replace(choice, reason=reason, storage=storage, compute=None if own else compute, quantization_config=config)
 
 
 def _check_sixteen_bit(options: LoadOptions, checkpoint: torch.dtype | None) -> None:
@@ -134,20 +175,3 @@ def _by_policy(
         dtype, reason = torch.float32, f"adapters on {machine.device}"
     other = "" if checkpoint in (None, dtype) else f"; the checkpoint is {_name(checkpoint)}"
     return PrecisionChoice(dtype=dtype, reason=reason + other)
-
-
-def _quantization(kind: str, compute: torch.dtype, policy: Precision, machine: Machine) -> Any:
-    where = f"load_in_{kind}"
-    if machine.device != "cuda":
-        fix = f"Drop {where}; adapters on a {machine.device} train over float32"
-        raise ConfigError(f"needs a CUDA device, this is {machine.device}", where=where, fix=fix)
-    if "bitsandbytes" not in machine.packages:
-        raise ConfigError("needs bitsandbytes", where=where, fix="pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    if kind == "8bit":
-        settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_skip_modules": list(policy.keep_float32) or None}
-    else:
-        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        settings["bnb_4bit_compute_dtype"] = compute
-    return BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]

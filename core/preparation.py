@@ -16,6 +16,7 @@ from .loading import Decision
 from .options import Checkpointing
 from .packing import PackedInput, pack_inputs, register_attention
 from .patching import PatchPlan
+from .quantised import settle
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,7 @@ class Preparation:
         pooling: Where the pooling came from.
         notes: Further (what, how) rows: prompts, chat template, layers after the pooling.
         checkpointing: What gradient checkpointing does, or "off".
+        recompute: What was asked of it.
     """
 
     decision: Decision
@@ -40,6 +42,7 @@ class Preparation:
     packed: PackedInput | None
     pooling: str
     checkpointing: str = "off"
+    recompute: Checkpointing = False
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, str]]:
@@ -77,8 +80,14 @@ def prepare(module: Any, transformer: PreTrainedModel, decision: Decision) -> Pr
     preparation.plan = _patch(transformer, decision, checkpointing=bool(options.checkpointing))
     if decision.packed and family.packing is not None:
         preparation.packed = pack_inputs(module, family.packing, attention_name(decision))
+    preparation.recompute = options.checkpointing
     preparation.checkpointing = enable_checkpointing(transformer, options.checkpointing, family)
+    if options.activation_budget_gb is not None:
+        preparation.checkpointing = f"as many layers as {options.activation_budget_gb:g} GB do not hold"
     _keep_float32(transformer, family.precision.keep_float32)
+    precision = decision.precision
+    stored = settle(transformer, precision.compute or precision.dtype or transformer.dtype)
+    preparation.notes += [("storage", line) for line in stored]
     wake_adapters(transformer)
     return preparation
 
@@ -91,7 +100,7 @@ def set_checkpointing(
     Args:
         preparation: What was done to the model so far; it is brought up to date.
         transformer: The model's transformer.
-        option: False, True or "offload".
+        option: False, True, "selective" or "offload".
         where: The parameter that asked for it, for the error.
         **settings: `every_n_layers` and `torch_keywords` of `enable_checkpointing`.
 
@@ -105,6 +114,7 @@ def set_checkpointing(
             preparation.plan.undo()
             preparation.plan = _patch(transformer, decision, checkpointing=True)
     disable_checkpointing(transformer)
+    preparation.recompute = option
     preparation.checkpointing = enable_checkpointing(transformer, option, decision.family.family, **settings)
 
 

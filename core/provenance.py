@@ -106,7 +106,7 @@ def record(model: SentenceTransformer, *, merged: bool = False) -> Record | None
         "input": {"layout": "packed" if packed else "padded", "reason": decision.packed_reason},
         "precision": {
             "dtype": str(dtype).removeprefix("torch."),
-            "quantization": options.quantization,
+            "quantization": decision.precision.storage,
             "reason": decision.precision.reason,
         },
         "checkpointing": preparation.checkpointing,

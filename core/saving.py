@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, ModelError
 from .files import atomic_folder
 from .provenance import write
+from .quantised import dequantised, is_quantised, transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,40 +40,40 @@ def _target_dtype(model: SentenceTransformer, save_method: str | None) -> torch.
     )
 
 
-def _quantised(module: Any) -> bool:
-    """Whether a linear layer holds its weight in bitsandbytes' 4-bit or 8-bit form."""
-    weight = getattr(module, "weight", None)
-    return getattr(weight, "quant_state", None) is not None or type(module).__name__ == "Linear8bitLt"
-
-
 def _merged_layer(layer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """The stock parameters of one adapted layer: base + adapter, added in float32, then cast."""
-    from peft.utils.integrations import dequantize_module_weight
+    from peft.tuners.lora import Linear
 
-    base = layer.get_base_layer()
-    if _quantised(base):
-        if any(layer.use_dora.get(name, False) for name in layer.active_adapters):
-            raise ModelError(
-                "DoRA over a quantised base cannot be merged exactly",
-                where="save_pretrained_merged",
-                fix="Save the adapter (save_pretrained)",
-            )
-        weight = dequantize_module_weight(base).float()
-        for name in layer.active_adapters:
-            weight = weight + layer.get_delta_weight(name).float()
-        return {"weight": weight.to(dtype)} | ({"bias": base.bias.detach().to(dtype)} if base.bias is not None else {})
     # PEFT's own merge knows every variant (rank-stabilised, DoRA, bias); it works on a float32 copy of this one layer,
-    # so the live model is untouched and the peak is one layer.
-    spare = copy.deepcopy(layer).float()
+    # so the live model is untouched and the peak is one layer. A quantised layer is copied over what it stores, since
+    # PEFT would quantise the sum again.
+    base = layer.get_base_layer()
+    quantised = is_quantised(base)
+    spare = copy.deepcopy(layer, {id(base): _dense(base)} if quantised else None).float()
+    if quantised:
+        spare.__class__ = Linear
     spare.merge(safe_merge=True)
-    return {name: value.detach().to(dtype) for name, value in spare.get_base_layer().state_dict().items()}
+    merged = spare.get_base_layer().state_dict()
+    if quantised and transposed(base):
+        merged["weight"] = merged["weight"].T.contiguous()
+    return {name: value.detach().to(dtype) for name, value in merged.items()}
+
+
+def _dense(layer: Any) -> nn.Linear:
+    """A float32 layer that holds what a quantised one stores."""
+    weight = dequantised(layer)
+    with torch.device("meta"):
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().float().clone(), requires_grad=False)
+    return dense
 
 
 def merged_state_dict(transformer: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The transformer's state dict under its stock keys, adapters folded in, floating tensors cast to `dtype`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
-    from peft.utils.integrations import dequantize_module_weight
 
     state: dict[str, Tensor] = {}
     inside: list[str] = []
@@ -87,10 +88,11 @@ def merged_state_dict(transformer: PreTrainedModel, dtype: torch.dtype) -> dict[
             inside.append(prefix)
             trained = module.modules_to_save[module.active_adapters[0]]
             state |= {prefix + name: _cast(value, dtype) for name, value in trained.state_dict().items()}
-        elif _quantised(module):
+        elif is_quantised(module):
             inside.append(prefix)
+            weight = dequantised(module)
             bias = {} if module.bias is None else {f"{prefix}bias": _cast(module.bias, dtype)}
-            state |= {f"{prefix}weight": dequantize_module_weight(module).to(dtype)} | bias
+            state |= {f"{prefix}weight": (weight.T.contiguous() if transposed(module) else weight).to(dtype)} | bias
         else:
             own = module.state_dict()
             direct = {*module._parameters, *module._buffers}
@@ -141,8 +143,9 @@ def merged_model(
 
 def _stock_transformer(transformer: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(transformer.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for name in ("quantization_config", "_is_quantized"):
+        if hasattr(config, name):
+            delattr(config, name)
     config._attn_implementation = "sdpa" if transformer._supports_sdpa else "eager"
     cls = _stock_class(type(transformer))
     with torch.device("meta"):

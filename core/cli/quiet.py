@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
-
-def _wanted(record: logging.LogRecord) -> bool:
-    return "gemm_4bit_forward" not in record.getMessage()
+from ..quantised import hush
 
 
 def hush_bitsandbytes() -> None:
     """Keep one note from the terminal: bitsandbytes, imported by peft where it is installed, looks for a CPU kernel on
     the Hub and tells everyone that it did not find it, also those who never asked for 4 bits on a CPU."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_wanted)
+    hush()
 
 
 def quiet() -> None:
