@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..core.contracts import BackendSpec, Needs, Step, StepContext
 from ..core.hookspecs import hookimpl
-from .regions import Regions
+from .regions import regions_of
 
 
 def build_step(context: StepContext) -> Step:
     """Sentence Transformers' step with the model's layers compiled and its LoRA layers joined."""
-    regions = Regions(context.model)
+    regions = regions_of(context)
 
     def step(model: nn.Module, batch: Mapping[str, Any], items: Any) -> Tensor:
         with regions.active():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.contracts import BackendSpec, Needs, Step, StepContext
 from ..core.hookspecs import hookimpl
-from .regions import Regions
+from .regions import regions_of
 
 # Shapes with a graph at a time. All graphs share one memory pool, so that another costs its loss and its launch
 # records, a few MiB; the least recently used goes first.
@@ -45,7 +45,7 @@ class FusedStep:
 
     def __init__(self, context: StepContext) -> None:
         self.context = context
-        self.regions = Regions(context.model)
+        self.regions = regions_of(context)
         self.counts: Counter[str] = Counter()
         self.capture_seconds = 0.0
         self._parameters = list(context.model.parameters())
@@ -189,8 +189,8 @@ def _uncapturable(context: StepContext) -> str | None:
             return f"{type(loss).__name__} cuts its batch on the host"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "gradients are exchanged between processes"
-    if getattr(context.arguments, "gradient_checkpointing", False):
-        return "gradient checkpointing saves the state of the random generator on the host"
+    if context.checkpointing == "offload":
+        return "layers' inputs go to host memory"
     return None
 
 

@@ -32,6 +32,24 @@ def _tiled_infonce() -> Callable[..., Any]:
     return tiled_infonce
 
 
+def _rounded_adamw() -> Callable[..., Any]:
+    from ..kernels.adamw import rounded_adamw
+
+    return rounded_adamw
+
+
+def _gather_rows() -> Callable[..., Any]:
+    from ..kernels.rows import gather_rows
+
+    return gather_rows
+
+
+def _triton_gather_rows() -> Callable[..., Any]:
+    from ..kernels.rows import triton_gather_rows
+
+    return triton_gather_rows
+
+
 @hookimpl
 def burnish_register_backends() -> Iterable[BackendSpec]:
     return [
@@ -48,4 +66,10 @@ def burnish_register_kernels() -> Iterable[KernelSpec]:
             needs=Needs(devices=("cuda",), compute_capability=(8, 0)),
         ),
         KernelSpec(operation="tiled_infonce", name="reference", load=_tiled_infonce),
+        KernelSpec(operation="gather_rows", name="reference", load=_gather_rows),
+        KernelSpec(
+            operation="gather_rows", name="triton", load=_triton_gather_rows, priority=10,
+            needs=Needs(devices=("cuda",), compute_capability=(7, 0), packages=("triton",)),
+        ),
+        KernelSpec(operation="rounded_adamw", name="reference", load=_rounded_adamw),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,13 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from ..kernels.light_dropout import LightDropout
+from ..core.contracts import StepContext
+from ..kernels.light_dropout import LightDropout, seeded
 from ..kernels.lora import adapter_of, fused_class
 from ..kernels.nf4 import Stored, stored
+from .activations import SHARES, Activations, Kind
+from .offload import Offload
 
-# The share of a layer's activations that is kept for the backward, the cheapest to compute again left out first. Of a
-# layer of bge-large 0.7 leaves out the GELU: 753 in place of 1,071 MiB for 32,768 tokens, in less than 1% more time; at
-# 0.55 it is 610 MiB and 6% more.
-KEPT = 0.7
 # Each layer's dtype, mode and mask makes a variant of the compiled code; torch's own limit of 8 is for one function in
 # a program, and above it torch goes on uncompiled.
 VARIANTS = 64
@@ -50,30 +49,33 @@ class Regions:
 
     Args:
         model: A model in training.
-        memory_budget: The share of a layer's activations that may be kept for the backward; the cheapest to compute
-            again are left out first (`torch._functorch.config.activation_memory_budget`).
+        activations: What each layer keeps for its backward; by default `activations.KEPT` of all.
     """
 
-    def __init__(self, model: nn.Module, memory_budget: float = KEPT) -> None:
+    def __init__(self, model: nn.Module, activations: Activations | None = None) -> None:
         self.model = model
         self.layers = repeated_layers(model)
-        self.memory_budget = memory_budget
-        # A code object of our own: torch keeps compiled variants, and counts them, on the code object.
-        own = types.FunctionType(_call.__code__.replace(co_name="layer"), _call.__globals__)
-        # Tokens are marked dynamic below: `dynamic=True` would take floats such as a scale for inputs too, and compile
-        # C++ to compute with them; marking nothing would compile twice, for the first shape and for all others.
-        self._compiled: Callable[..., Any] = torch.compile(own)
+        self.activations = activations or Activations(len(self.layers))
+        self.offload = Offload()
+        self.own_checkpoints: bool | None = None
+        """Whether layers are computed again by what is compiled here; None before the first was called. Not where a
+        layer draws random numbers that would be others the second time: transformers' checkpointing does those."""
+        self._compiled: dict[float, Callable[..., Any]] = {}
+        self._parameters: frozenset[int] = frozenset()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Compiled layers, joined LoRA products and dropout without masks for the length of a block."""
         with ExitStack() as stack:
             joined = stack.enter_context(fused_adapters(self.model))
+            self._parameters = frozenset(weight.untyped_storage().data_ptr() for weight in _weights(self.model))
             stack.enter_context(light_dropouts(self.layers))
-            stack.enter_context(_settings(self.memory_budget))
+            stack.enter_context(_settings())
             layers: list[Any] = self.layers
-            for layer in layers:
-                layer._compiled_call_impl = partial(self._run, layer)
+            if self.own_checkpoints is not False:
+                stack.enter_context(_no_checkpoints(layers))
+            for place, layer in enumerate(layers):
+                layer._compiled_call_impl = partial(self._run, place, layer)
                 layer._own_dtype = _own_dtype(layer, joined)
             try:
                 yield
@@ -82,10 +84,88 @@ class Regions:
                     layer._compiled_call_impl = None
                     del layer._own_dtype
 
-    def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, place: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         rows, bounds = _mark_tokens((args, kwargs))
-        with _sums_apart() if _fragile(rows, bounds) else nullcontext():
-            return self._compiled(layer, *args, **kwargs)
+        states = max((value for value in _tensors((args, kwargs)) if _is_real(value)), key=torch.numel)
+        tokens = states.shape[:-1].numel()
+        kind = self._kind(place, tokens, states, layer, args, kwargs)
+        with ExitStack() as stack:
+            if kind != "kept":
+                stack.enter_context(seeded(states))
+            if kind == "offload":
+                stack.enter_context(self.offload.of(states))
+            stack.enter_context(self.activations.watch(kind, tokens, self._parameters))
+            if _fragile(rows, bounds):
+                stack.enter_context(_sums_apart())
+            stack.enter_context(_share(SHARES[kind]))
+            return self._variant(SHARES[kind])(layer, *args, **kwargs)
+
+    def _kind(self, place: int, tokens: int, states: torch.Tensor, layer: nn.Module, args: Any, kwargs: Any) -> Kind:
+        """What this call keeps. Whether layers can be computed again is tried at the first that is to be."""
+        kind: Kind = self.activations.kind(place, tokens) if torch.is_grad_enabled() else "kept"
+        if kind == "kept" or self.own_checkpoints:
+            return kind
+        if self.own_checkpoints is None:
+            self.own_checkpoints = not _draws(layer, states, args, kwargs)
+            if not self.own_checkpoints:
+                self.activations.say(
+                    f"{type(layer).__name__} draws random numbers of its own, so that it is left to transformers' "
+                    "checkpointing: no CUDA graph, all or nothing of a layer"
+                )
+        return kind if self.own_checkpoints else "kept"
+
+    def _variant(self, share: float) -> Callable[..., Any]:
+        """The compiled call for layers that keep this share of their activations."""
+        if share not in self._compiled:
+            # A code object of our own: torch keeps compiled variants, and counts them, on the code object.
+            own = types.FunctionType(_call.__code__.replace(co_name="layer"), _call.__globals__)
+            # Tokens are marked dynamic: `dynamic=True` would take floats such as a scale for inputs too, and compile
+            # C++ to compute with them; marking nothing would compile twice, for the first shape and for all others.
+            self._compiled[share] = torch.compile(own)
+        return self._compiled[share]
+
+
+def _weights(model: nn.Module) -> Iterator[torch.Tensor]:
+    """All that a model holds between steps, scales and tables of weights in few bits too."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        if isinstance(held := vars(module).get("stored"), Stored):
+            yield from (field for field in held if isinstance(field, torch.Tensor))
+
+
+def regions_of(context: StepContext) -> Regions:
+    """The layers of the model that a backend is to train, keeping what the user asked for."""
+    count = len(repeated_layers(context.model))
+    chosen = Activations(count, context.checkpointing, context.activation_budget, context.say)
+    return Regions(context.model, chosen)
+
+
+def _draws(layer: nn.Module, states: torch.Tensor, args: Any, kwargs: Any) -> bool:
+    """Whether a call of `layer` moves torch's random generator, given a seed for all that can do with one."""
+    with torch.no_grad(), seeded(states):
+        before = _generator(states)
+        _call(layer, *args, **kwargs)
+        return bool(_generator(states) != before)
+
+
+def _generator(states: torch.Tensor) -> Any:
+    if not states.is_cuda:
+        return torch.get_rng_state().numpy().tobytes()
+    return torch.cuda.default_generators[states.get_device()].get_offset()
+
+
+@contextmanager
+def _no_checkpoints(layers: list[Any]) -> Iterator[None]:
+    """transformers' checkpointing off, layer by layer, for the length of a block."""
+    own = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+    for layer in own:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in own:
+            layer.gradient_checkpointing = True
 
 
 def _mark_tokens(value: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -152,14 +232,16 @@ def _own_dtype(layer: nn.Module, joined: set[int]) -> torch.dtype | None:
 
 
 @contextmanager
-def _settings(memory_budget: float) -> Iterator[None]:
+def _settings() -> Iterator[None]:
     dynamo: Any = torch._dynamo.config
-    functorch: Any = torch._functorch.config
-    with (
-        dynamo.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=4 * VARIANTS),
-        functorch.patch(activation_memory_budget=memory_budget),
-    ):
+    with dynamo.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=4 * VARIANTS):
         yield
+
+
+def _share(share: float) -> AbstractContextManager[Any]:
+    functorch: Any = torch._functorch.config
+    changed: AbstractContextManager[Any] = functorch.patch(activation_memory_budget=share)
+    return changed
 
 
 @contextmanager
@@ -185,11 +267,22 @@ def _hold(layer: Any, weight: Stored) -> bool:
     return True
 
 
-def light_dropouts(layers: list[nn.Module]) -> AbstractContextManager[None]:
+@contextmanager
+def light_dropouts(layers: list[nn.Module]) -> Iterator[None]:
     """Every `nn.Dropout` in `layers` without a mask that is kept, for the length of a block. Outside compiled layers it
     would cost a kernel for each of its operations."""
-    modules = (module for layer in layers for module in layer.modules())
-    return _as_classes({module: LightDropout for module in modules if type(module) is nn.Dropout and module.p > 0})
+    found: dict[nn.Module, Any] = {}
+    for layer in layers:
+        own: list[Any] = [module for module in layer.modules() if type(module) is nn.Dropout and module.p > 0]
+        for place, module in enumerate(own, 1):
+            module.place = place
+            found[module] = LightDropout
+    try:
+        with _as_classes(found):
+            yield
+    finally:
+        for dropout in found:
+            del dropout.place
 
 
 @contextmanager

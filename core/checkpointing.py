@@ -10,7 +10,10 @@ from .errors import ModelError
 from .options import Checkpointing
 
 if TYPE_CHECKING:
+    from torch.utils.checkpoint import CheckpointPolicy
     from transformers import PreTrainedModel
+
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 
 
 def enable_checkpointing(
@@ -23,12 +26,13 @@ def enable_checkpointing(
 ) -> str:
     """Switch checkpointing on as asked; returns what was done, in words.
 
-    "offload" keeps the checkpoints in host memory. On a CPU they are there already, so plain checkpointing is what it
-    means there, and the returned text says so.
+    "selective" computes what is cheap again, and keeps matrix products and attention. "offload" keeps the checkpoints
+    in host memory. On a CPU they are there already, so plain checkpointing is what it means there, and the returned
+    text says so.
 
     Args:
         model: The transformer.
-        option: False, True or "offload".
+        option: False, True, "selective" or "offload".
         family: What its plugin says about it.
         every_n_layers: Checkpoint every layer, every second, …
         torch_keywords: For `torch.utils.checkpoint.checkpoint`; without re-entrance unless they ask for it.
@@ -42,6 +46,8 @@ def enable_checkpointing(
     if not model.supports_gradient_checkpointing:
         model.supports_gradient_checkpointing = True  # on this instance, whose layers the family has made fit for it
     on_host = model.device.type == "cpu"
+    if option == "selective":
+        torch_keywords = {**(torch_keywords or {}), "context_fn": _selective}
     keywords: dict[str, Any] = {"every_n_layers": every_n_layers, "offload": option == "offload" and not on_host}
     # transformers 5.18 renamed the method; the old name warns there and the new one is missing before.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -49,7 +55,24 @@ def enable_checkpointing(
     layers = "every layer" if every_n_layers == 1 else f"one layer of {every_n_layers}"
     if option == "offload":
         return f"{layers} (offload has nothing to do on a CPU)" if on_host else f"{layers}, kept in host memory"
-    return layers
+    return f"{layers}, but for products and attention" if option == "selective" else layers
+
+
+def _selective() -> tuple[Any, Any]:
+    """Contexts in which a checkpoint keeps what is costly (PyTorch's selective activation checkpointing)."""
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    contexts: Any = create_selective_checkpoint_contexts
+    made: tuple[Any, Any] = contexts(_policy)
+    return made
+
+
+def _policy(context: Any, operation: Any, *args: Any, **keywords: Any) -> CheckpointPolicy:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    name = operation.name().partition("::")[2].partition(".")[0]
+    costly = name in _PRODUCTS or ("attention" in name and not name.endswith("backward"))
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def check_checkpointing(model: PreTrainedModel, family: Family, where: str = "use_gradient_checkpointing") -> None:

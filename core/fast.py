@@ -13,6 +13,7 @@ from .errors import ConfigError, ModelError
 from .loading import first_line
 from .model import SentenceTransformer
 from .options import (
+    EmbeddingStorage,
     LoadOptions,
     checkpointing_option,
     dtype_of,
@@ -23,6 +24,7 @@ from .options import (
 )
 from .preparation import set_checkpointing
 from .quantised import size
+from .tables import check_untouched, hidden_size
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +51,7 @@ class FastSentenceTransformer:
         pooling_mode: str | None = None,
         use_gradient_checkpointing: bool | str = False,
         activation_budget_gb: float | None = None,
+        embedding_storage: EmbeddingStorage | None = None,
         backend: str = "auto",
         device: str | None = None,
         token: str | bool | None = None,
@@ -89,6 +92,8 @@ class FastSentenceTransformer:
                 "selective": it keeps what is costly to compute too; "offload" (also "unsloth"): inputs in host memory.
             activation_budget_gb: GB (1e9 bytes) that all layers may keep for the backward: as many as fit keep all, the
                 others are treated by `use_gradient_checkpointing` (left out: True).
+            embedding_storage: Where the frozen embedding tables under an adapter lie: "8bit", "4bit" (NF4), or "host",
+                pinned host memory that the GPU reads a batch's rows from. None keeps them as they are read.
             backend: How a training step is executed: a backend's name, or "auto".
             device: "cpu", "cuda", "cuda:1", "mps"; None picks the best there is.
             token: Hub token; None is the one that `hf auth login` left.
@@ -135,6 +140,7 @@ class FastSentenceTransformer:
             pooling_mode=pooling_mode,
             checkpointing=checkpointing_option(use_gradient_checkpointing) or activation_budget_gb is not None,
             activation_budget_gb=activation_budget_gb,
+            embedding_storage=embedding_storage,
             backend=backend,
             plugins=None if plugins is None else (plugins,) if isinstance(plugins, str) else tuple(plugins),
             packed=packed,
@@ -217,6 +223,8 @@ class FastSentenceTransformer:
         if option is not None:
             set_checkpointing(model.burnish, transformer, option, "use_gradient_checkpointing")
         inside, kept = split_saved(model, modules_to_save)
+        check_untouched(transformer, inside or (), "modules_to_save")
+        check_untouched(transformer, target_modules or (), "target_modules")
         lora = {
             "r": r,
             "lora_alpha": lora_alpha,
@@ -236,7 +244,7 @@ class FastSentenceTransformer:
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        total = sum(size(parameter) for parameter in model.parameters())
+        total = sum(size(parameter) for parameter in model.parameters()) + hidden_size(transformer)
         lines = [
             f"adapter on {total / 1e6:.1f}M weights: {trained / 1e6:.2f}M to train ({trained / total:.2%})",
             *notes,

@@ -32,6 +32,7 @@ from .preparation import Preparation, attention_name, describe_pooling, prepare,
 from .provenance import Provenance, write
 from .quantised import check_intact, unify
 from .recall import recall
+from .tables import base_folder, store_tables, undo_tables
 
 if TYPE_CHECKING:
     from typing import Self
@@ -125,6 +126,9 @@ class SentenceTransformer(Stock):
             hub["cache_dir"] = hub.pop("cache_folder")
             if repository.base is not None:
                 read_adapter(first.model, model_name_or_path, **hub)
+            if decision.options.embedding_storage is not None:  # before the model goes to its device
+                folder = base_folder(repository.config, repository.base, hub["cache_dir"])
+                store_tables(first.model, decision, folder)
         return modules
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
@@ -322,9 +326,11 @@ class SentenceTransformer(Stock):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **keywords)
 
     def undo_patches(self) -> None:
-        """Go back to stock modules and padded input: what `for_inference=True` loads."""
-        if self.burnish is not None:
+        """Go back to stock modules and padded input: what `for_inference=True` loads. A table in 8 or 4 bits becomes a
+        dense one of the numbers that those stand for."""
+        if self.burnish is not None and self.transformers_model is not None:
             self.burnish.plan.undo()
+            self.burnish.embeddings = undo_tables(self.transformers_model)
             self.pad_inputs("patches undone")
 
     def pad_inputs(self, reason: str) -> None:

@@ -35,6 +35,10 @@ class StepContext:
         constants: What the step reads beside its arguments, such as the number of micro-batches that the loss is
             divided by. A step that was captured or specialised holds only while these stay the same.
         say: Tells the user one line, once.
+        checkpointing: What the user asked of gradient checkpointing: False, True, "selective" or "offload".
+            transformers' own is on already, layer by layer, unless it is False.
+        activation_budget: Bytes that layers may keep for the backward, or None: which of them are checkpointed is then
+            the backend's choice.
     """
 
     model: torch.nn.Module
@@ -45,6 +49,8 @@ class StepContext:
     eager: Step
     constants: Callable[[], tuple[Hashable, ...]]
     say: Callable[[str], None]
+    checkpointing: bool | str = False
+    activation_budget: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from .options import Checkpointing
 from .packing import PackedInput, pack_inputs, register_attention
 from .patching import PatchPlan
 from .quantised import settle
+from .tables import store_tables
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +36,7 @@ class Preparation:
         notes: Further (what, how) rows: prompts, chat template, layers after the pooling.
         checkpointing: What gradient checkpointing does, or "off".
         recompute: What was asked of it.
+        embeddings: How the embedding tables are stored, or nothing where they are as they were read.
     """
 
     decision: Decision
@@ -43,6 +45,7 @@ class Preparation:
     pooling: str
     checkpointing: str = "off"
     recompute: Checkpointing = False
+    embeddings: str = ""
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, str]]:
@@ -52,6 +55,7 @@ class Preparation:
         return [
             ("family", f"{family.family.name} ({family.plugin.label}; {family.reason})"),
             ("weights", str(self.decision.precision)),
+            *([("embeddings", self.embeddings)] if self.embeddings else []),
             ("pooling", self.pooling),
             *self.notes,
             ("input", f"{'packed' if self.packed else 'padded'} ({self.decision.packed_reason})"),
@@ -88,6 +92,7 @@ def prepare(module: Any, transformer: PreTrainedModel, decision: Decision) -> Pr
     precision = decision.precision
     stored = settle(transformer, precision.compute or precision.dtype or transformer.dtype)
     preparation.notes += [("storage", line) for line in stored]
+    preparation.embeddings = store_tables(transformer, decision)
     wake_adapters(transformer)
     return preparation
 

@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sentence_transformers import SentenceTransformerTrainer as StockTrainer
 from sentence_transformers import SentenceTransformerTrainingArguments as StockArguments
 from sentence_transformers.base.sampler import BatchSamplers
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from .feeding import feed, refusal
 from .inputs import said_of_prompts
 from .logged_loss import LoggedLoss
 from .model import Preparation, SentenceTransformer
+from .optimizer_trainer import OptimizingTrainer
 from .packing import needs_padding
 from .selection import choose_kernel
 from .tiled_loss import Undo, tile
@@ -50,13 +50,14 @@ class _Observers(TrainerCallback):
         self._hook(step=state.global_step, logs=dict(logs or {}))
 
 
-class Trainer(StockTrainer):
+class Trainer(OptimizingTrainer):
     """`SentenceTransformerTrainer` for models that Burnish loaded.
 
     Takes the same parameters; `args` may be `burnish.TrainingArguments` or Sentence Transformers' own, losses and
     evaluators are Sentence Transformers'. The step is executed by the backend that was chosen at load time.
 
     Raises:
+        ConfigError: If the optimizer that the arguments choose cannot be had here.
         ModelError: If the model cannot be trained as it is: stock for inference, nothing trainable, or a half-precision
             base that was meant for an adapter it never got.
     """
@@ -245,9 +246,11 @@ class Trainer(StockTrainer):
         if preparation is None:  # a plain SentenceTransformer trains as Sentence Transformers would train it
             return eager
         decision = preparation.decision
+        budget = decision.options.activation_budget_gb
         context = StepContext(
             model=self.model, family=decision.family.family, machine=decision.machine, arguments=self.args,
             loss=self.loss, eager=eager, constants=lambda: (self.current_gradient_accumulation_steps,), say=self._say,
+            checkpointing=preparation.recompute, activation_budget=None if budget is None else budget * 1e9,
         )  # fmt: skip
         built = self.engine = decision.backend.build_step(context)
         return built if built is eager else _checked(built, decision.backend)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import biased_attention_tiles as tiles
-from .light_dropout import draw, threshold
+from .light_dropout import numbers as random_numbers
+from .light_dropout import threshold
 
 LOG2E = math.log2(math.e)
 LARGEST = 256
@@ -57,7 +58,8 @@ def biased_attention(
 
     Products are made in the inputs' dtype and added up in float32; those of float32 inputs follow
     `torch.set_float32_matmul_precision`. Dropout draws 8 bytes for each head and token from torch's generator, so that
-    each replay of a CUDA graph drops others. Gradients, the bias's too, are the same in every run.
+    each replay of a CUDA graph drops others, or makes them of a seed (`light_dropout.seeded`).
+    Gradients, the bias's too, are the same in every run.
 
     Args:
         query: (T, H, D), float16, bfloat16 or float32, D at most 256.
@@ -78,7 +80,7 @@ def biased_attention(
     numbers = None
     if dropout > 0.0:
         tokens, heads, _ = query.shape
-        numbers = draw(query, (2 * tokens + 1) * heads)
+        numbers = random_numbers(query, (2 * tokens + 1) * heads, 0)
     out: Tensor = _attend(
         query, key, value, bias, cu_seqlens.int(), numbers, max_length,
         1 / math.sqrt(query.shape[2]) if scale is None else scale, dropout, causal, 0 if window is None else window,

@@ -17,6 +17,7 @@ from typing import Any
 
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
 
 jit: Callable[[Any], Any] = triton.jit
 
@@ -43,3 +44,30 @@ def keeps(slope, shift, column, THRESHOLD: tl.constexpr):
     four corners of every rectangle.
     """
     return slope * column + shift >= THRESHOLD
+
+
+@jit
+def mixed(value):
+    """Murmur's finaliser of unsigned numbers."""
+    value = (value ^ (value >> 16)) * 0x85EBCA6B
+    value = (value ^ (value >> 13)) * 0xC2B2AE35
+    return value ^ (value >> 16)
+
+
+@jit
+def spread_kernel(out, seed, salt, count, BLOCK: tl.constexpr):
+    """The numbers of one block of indices."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.load(seed).to(tl.uint32, bitcast=True)
+    second = tl.load(seed + 1).to(tl.uint32, bitcast=True)
+    value = index.to(tl.uint32) * 0x9E3779B9 + salt.to(tl.uint32, bitcast=True) + first
+    value = mixed(mixed(value) + second)
+    tl.store(out + index, value.to(tl.int32, bitcast=True), mask=index < count)
+
+
+def spread(seed: Tensor, count: int, salt: int) -> Tensor:
+    """`light_dropout.spread` as one kernel; `salt` is what it makes of `place`."""
+    out = seed.new_empty(count)
+    if count:
+        spread_kernel[(triton.cdiv(count, 1024),)](out, seed, salt, count, BLOCK=1024)
+    return out
