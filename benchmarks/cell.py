@@ -144,6 +144,7 @@ class Gate:
 def train(given: argparse.Namespace, scratch: Path, gate: Gate) -> dict[str, Any]:
     """Train, and return the line without what is known before. What needs no GPU is done before the gate."""
     born = time.perf_counter()
+    card = measuring.Card(not given.cpu)
     if given.system == "unsloth" and not given.early_import:
         gate.enter()
     arms.prepare(given.system)
@@ -165,7 +166,8 @@ def train(given: argparse.Namespace, scratch: Path, gate: Gate) -> dict[str, Any
     device: Any = torch.cuda
     early = not gate.at and device.is_initialized()
     gate.enter()
-    card = measuring.Card(given.device)
+    card.cuda = given.device == "cuda"
+    card.look()
     started = time.perf_counter()
     arm = arms.load(path, given)
     load_s = time.perf_counter() - started

@@ -29,13 +29,24 @@ def compile_seconds(trainer: Any) -> float:
 class Card:
     """The memory of the card that a cell runs on: torch's figures, and the device's own for this process.
 
+    Made before the process opens the card, so that what others hold there is known.
+
     Args:
-        device: "cuda" or "cpu"; made before the process opens the card, so that what others hold there is known.
+        cuda: Whether there is a card.
     """
 
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.before = self._smi("--query-gpu=memory.used") if self.cuda else []
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        self.before: int | None = None  # bytes that others hold
+        self.look()
+
+    def look(self) -> None:
+        """Others hold what the whole card holds now, or held when this was last asked, whichever is less: a library may
+        have opened the card for us since, and a cell before us may have ended."""
+        said = self._smi("--query-gpu=memory.used") if self.cuda else []
+        if said and said[0][0].isdigit():
+            now = int(said[0][0]) * 2**20
+            self.before = now if self.before is None else min(now, self.before)
 
     def _smi(self, query: str) -> list[list[str]]:
         """Rows of one query of nvidia-smi on our card, sizes in MiB; none where it cannot be asked."""
@@ -61,8 +72,8 @@ class Card:
         own = [row[1] for row in self._smi("--query-compute-apps=pid,used_memory") if row[0] == str(os.getpid())]
         if own and own[0].isdigit():
             return int(own[0]) * 2**20, "pid"
-        if self.before and self.before[0][0].isdigit():
-            return used - int(self.before[0][0]) * 2**20, "card less before"
+        if self.before is not None:
+            return used - self.before, "card less before"
         return None, None
 
     def memory(self) -> dict[str, float | str | None]:
