@@ -68,6 +68,7 @@ class Decision:
     precision: PrecisionChoice
     backend: BackendChoice
     attention: KernelChoice | None
+    tables: KernelChoice | None
     packed: bool
     packed_reason: str
 
@@ -190,6 +191,7 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
     family = choose_family(plugins, config)
     backend = choose_backend(plugins, machine, options.backend)
     attention = choose_kernel(plugins, machine, "packed_attention")
+    tables = None if options.embedding_storage is None else choose_kernel(plugins, machine, "gather_rows")
     packed, reason = _packing(options, family.family, attention, machine)
     offset = family.family.packing.position_offset if family.family.packing else 0
     if options.max_seq_length is not None:
@@ -197,9 +199,15 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
     precision = choose_precision(
         options, family.family.precision, machine, checkpoint=_config_dtype(config), stored=stored
     )
+    if options.embedding_storage is not None:
+        if tables is None:
+            what = f"no enabled plugin has the operation gather_rows for {machine.device}"
+            raise ConfigError(what, where="embedding_storage", fix="Drop it, or enable the plugin reference")
+        lie = {"8bit": "8 bits", "4bit": "4 bits", "host": "host memory"}[options.embedding_storage]
+        precision = replace(precision, reason=f"{precision.reason}, embedding tables in {lie}")
     return Decision(
         options=options, config=config, device=device, base=base, machine=machine, registry=plugins, family=family,
-        precision=precision, backend=backend, attention=attention, packed=packed, packed_reason=reason,
+        precision=precision, backend=backend, attention=attention, tables=tables, packed=packed, packed_reason=reason,
     )  # fmt: skip
 
 

@@ -84,6 +84,8 @@ def record(model: SentenceTransformer, *, merged: bool = False) -> Record | None
         model: As it is now: patches that were undone and input that was padded since are told so.
         merged: Whether the folder it is for holds the adapter folded into the weights.
     """
+    from .tables import stored_tables
+
     preparation = model.burnish
     if preparation is None:
         return None
@@ -91,6 +93,8 @@ def record(model: SentenceTransformer, *, merged: bool = False) -> Record | None
     trains, packed = options.purpose != "inference", preparation.packed is not None
     family, backend, attention = decision.family, decision.backend, decision.attention
     dtype = decision.precision.dtype or model.dtype
+    tables = model.transformers_model is not None and stored_tables(model.transformers_model)
+    used = [attention if packed else None, decision.tables if tables else None]
     # For inference nothing of what was chosen is used: the modules are stock.
     made: Record = {
         "schema": SCHEMA,
@@ -99,9 +103,7 @@ def record(model: SentenceTransformer, *, merged: bool = False) -> Record | None
         "purpose": options.purpose,
         "family": _part(family.family.name, family.plugin) if trains else None,
         "backend": _part(backend.spec.name, backend.plugin) if trains else None,
-        "kernels": [_kernel(attention.spec.operation, attention.spec.name, attention.plugin)]
-        if packed and attention
-        else [],
+        "kernels": [_kernel(choice.spec.operation, choice.spec.name, choice.plugin) for choice in used if choice],
         "patches": _patches(preparation.plan),
         "input": {"layout": "packed" if packed else "padded", "reason": decision.packed_reason},
         "precision": {

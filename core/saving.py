@@ -15,6 +15,8 @@ from .errors import ConfigError, ModelError
 from .files import atomic_folder
 from .provenance import write
 from .quantised import dequantised, is_quantised, transposed
+from .stored_table import StoredTable
+from .tables import merged_table, stored_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +29,9 @@ METHODS = ("merged_16bit", "merged_32bit", "lora")
 def _target_dtype(model: SentenceTransformer, save_method: str | None) -> torch.dtype:
     transformer = model.transformers_model
     assert transformer is not None
-    loaded: torch.dtype = transformer.dtype
+    # Of the first floating parameter, which is the adapter's where the layers are quantised and the tables elsewhere.
+    tables = list(stored_tables(transformer).values())
+    loaded: torch.dtype = tables[0].stored.dtype if tables else transformer.dtype
     if save_method is None:
         return loaded
     if save_method == "merged_32bit":
@@ -88,15 +92,17 @@ def merged_state_dict(transformer: PreTrainedModel, dtype: torch.dtype) -> dict[
             inside.append(prefix)
             trained = module.modules_to_save[module.active_adapters[0]]
             state |= {prefix + name: _cast(value, dtype) for name, value in trained.state_dict().items()}
+        elif isinstance(module, StoredTable):
+            state[f"{prefix}weight"] = merged_table(path, module).to(dtype)
         elif is_quantised(module):
             inside.append(prefix)
             weight = dequantised(module)
             bias = {} if module.bias is None else {f"{prefix}bias": _cast(module.bias, dtype)}
             state |= {f"{prefix}weight": (weight.T.contiguous() if transposed(module) else weight).to(dtype)} | bias
         else:
-            own = module.state_dict()
-            direct = {*module._parameters, *module._buffers}
-            state |= {prefix + name: _cast(value, dtype) for name, value in own.items() if name in direct}
+            own = {**module._parameters, **module._buffers}
+            kept = {name: value for name, value in own.items() if name not in module._non_persistent_buffers_set}
+            state |= {prefix + name: _cast(value, dtype) for name, value in kept.items() if value is not None}
     return state
 
 
