@@ -24,9 +24,10 @@ Make = Callable[..., Any]
 LONG = "word " * 300
 SIGNATURE = (
     "model_name, max_seq_length, dtype, load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, for_inference, "
-    "pooling_mode, use_gradient_checkpointing, backend, device, token, revision, trust_remote_code, device_map, "
-    "local_files_only, cache_folder, truncate_dim, prompts, similarity_fn_name, model_card_data, model_kwargs, "
-    "processor_kwargs, config_kwargs, plugins, packed, random_state, tokenizer_kwargs, cache_dir"
+    "pooling_mode, use_gradient_checkpointing, activation_budget_gb, embedding_storage, backend, device, token, "
+    "revision, trust_remote_code, device_map, local_files_only, cache_folder, truncate_dim, prompts, "
+    "similarity_fn_name, model_card_data, model_kwargs, processor_kwargs, config_kwargs, plugins, packed, "
+    "random_state, tokenizer_kwargs, cache_dir"
 )
 
 
@@ -75,6 +76,10 @@ REFUSALS: list[tuple[dict[str, Any], type[BurnishError], str]] = [
     ({"pooling_mode": "median"}, ConfigError, r"pooling_mode: 'median' is unknown\. Pass one of mean, cls"),
     ({"use_gradient_checkpointing": "often"}, ConfigError, r"use_gradient_checkpointing: 'often' is unknown"),
     ({"use_gradient_checkpointing": []}, ConfigError, r"use_gradient_checkpointing: \[\] is unknown"),
+    ({"embedding_storage": "2bit"}, ConfigError, r"embedding_storage: '2bit' is unknown\. Pass None or one of 8bit"),
+    ({"embedding_storage": "8bit", "full_finetuning": True}, ConfigError, r"embedding_storage: only the frozen tables"),
+    ({"embedding_storage": "host", "for_inference": True}, ConfigError, r"embedding_storage: only the frozen tables"),
+    ({"embedding_storage": "4bit"}, ConfigError, r"embedding_storage: this model has no embedding table of 1,000,000"),
     ({"backend": "warp"}, PluginError, r"backend: no enabled plugin has a backend 'warp'"),
     ({"device": "gpu"}, ConfigError, r"device: 'gpu' cannot be used"),
     ({"device": "cuda"}, ConfigError, r"device: 'cuda' cannot be used"),
