@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
+from .options import EmbeddingStorage
 
 # The panels that `burnish train --help` groups its flags in.
 DATA, MODEL, ADAPTER, TRAINING, MACHINE, RESULTS = "Data", "Model", "Adapter", "Training", "Machine", "Results"
@@ -89,6 +90,10 @@ class RunConfig:
     dtype: Annotated[DType | None, Option(MODEL, "Dtype of the weights; left out, the family's policy")] = None
     load_in_4bit: Annotated[bool, Option(MODEL, "Store the frozen base in 4 bits (CUDA)")] = False
     load_in_8bit: Annotated[bool, Option(MODEL, "Store the frozen base in 8 bits (CUDA)")] = False
+    embedding_storage: Annotated[
+        EmbeddingStorage | None,
+        Option(MODEL, "Keep an adapter's frozen embedding tables in 8 or 4 bits or on the host"),
+    ] = None
 
     method: Annotated[Literal["lora", "full"], Option(ADAPTER, "Train an adapter, or every weight")] = "lora"
     rank: Annotated[int, Option(ADAPTER, "LoRA rank", at_least=1)] = 16
@@ -130,6 +135,9 @@ class RunConfig:
         if self.method == "full" and (self.load_in_4bit or self.load_in_8bit):
             fix = "Use method lora, or drop load_in_4bit and load_in_8bit"
             raise ConfigError("quantised weights cannot be trained in full", where="method", fix=fix)
+        if self.method == "full" and self.embedding_storage is not None:
+            fix = "Use method lora, or drop embedding_storage"
+            raise ConfigError("tables that are stored otherwise cannot be trained", where="method", fix=fix)
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError("both are set", where="load_in_4bit, load_in_8bit", fix="Set one of them")
         if self.overwrite and self.resume:

@@ -124,6 +124,7 @@ def _load(config: RunConfig) -> SentenceTransformer:
         dtype=config.dtype,
         load_in_4bit=config.load_in_4bit,
         load_in_8bit=config.load_in_8bit,
+        embedding_storage=config.embedding_storage,
         full_finetuning=config.method == "full",
         use_gradient_checkpointing=config.checkpointing,
         backend=config.backend,

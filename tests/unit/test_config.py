@@ -63,6 +63,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "dtype": ("int8", "one of float32, bfloat16, float16"),
     "load_in_4bit": ("no", "true or false"),
     "load_in_8bit": (0, "true or false"),
+    "embedding_storage": ("6bit", "one of 8bit, 4bit, host"),
     "device": (0, "text"),
     "backend": (None, "text"),
     "packed": ("auto", "true or false"),
@@ -132,6 +133,7 @@ def test_bounds_in_words() -> None:
     [
         ({"method": "full", "load_in_4bit": True}, "method: quantised weights cannot be trained in full."),
         ({"method": "full", "load_in_8bit": True}, "method: quantised weights cannot be trained in full."),
+        ({"method": "full", "embedding_storage": "host"}, "method: tables that are stored otherwise cannot be"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit, load_in_8bit: both are set."),
         ({"overwrite": True, "resume": True}, "overwrite, resume: both are set."),
         ({"name": "a/b"}, "name: 'a/b' is not the name of one folder."),
