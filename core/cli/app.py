@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .flags import config_command
+from .plan import plan
 from .plugins import plugins
 
 # Click's base of all usage errors, whether click is installed or typer brings its own copy of it.
@@ -197,11 +198,12 @@ def doctor(
     )
 
 
+app.command(short_help="What training takes in memory, and what fits, by the config alone.")(plan)
 app.add_typer(plugins, name="plugins", short_help="Families, backends and kernels: from where, in what health.")
 
 
 INTERRUPTED = 130
-COMMANDS = ("quickstart", "train", "eval", "export", "doctor", "plugins")
+COMMANDS = ("quickstart", "train", "eval", "export", "doctor", "plan", "plugins")
 # Said of one plugin, as in `burnish plugin new NAME`, it is the same group.
 ALIASES = {"plugin": "plugins"}
 

@@ -1,0 +1,240 @@
+"""Fit the memory plan's measured factors to recorded lines, and say how far it is off.
+
+    python benchmarks/fit_memory.py
+
+    --write      writes them into core/planning_fitted.py
+    --lines F …  other files than results/grid-*.jsonl
+
+The four factors are fitted by least squares of relative errors, none below zero, on lines without checkpointing and
+with 16-bit weights. Then half of the models are left out of the fit, in turn, and predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
+    from benchmarks import arms, shapes, workload
+else:
+    sys.path.insert(0, str(HERE))
+    import arms
+    import shapes
+    import workload
+
+    # transformers looks for a package `kernels`, and would import kernels.py here for it.
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != HERE]
+
+from burnish.core import planning_fitted as fitted  # noqa: E402
+from burnish.core import planning_memory as memory  # noqa: E402
+from burnish.core import stream  # noqa: E402
+from burnish.core.options import Checkpointing  # noqa: E402
+from burnish.core.planning_shapes import Shapes, shapes_of  # noqa: E402
+
+FACTORS = ("KEPT", "OUTSIDE", "PRODUCTS", "WORKSPACE")
+PLAIN = {"activation_budget_gb": None, "optim": None}
+"""Settings that the plan does not model: lines that have others are not taken."""
+WAYS: dict[str, Checkpointing] = {"SELECTIVE": "selective", "CHECKPOINT": True, "OFFLOAD": "offload"}
+SEED = 42
+"""Of the trainer's order, transformers' own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """One line: what was trained, how, on how many tokens at most in a step, and the most that torch had allocated."""
+
+    line: dict[str, Any]
+    shapes: Shapes
+    setup: memory.Setup
+    tokens: int
+    peak: float
+
+    @property
+    def name(self) -> str:
+        """The line in words."""
+        what = [self.line[name] for name in ("model", "mode", "seq", "batch", "lengths")]
+        settings = {name: self.line.get(name) for name in ("checkpointing", "embedding_storage")}
+        return " ".join(map(str, [*what, *(f"{name}={said}" for name, said in settings.items() if said)]))
+
+    @property
+    def error(self) -> float:
+        """The predicted peak less the measured one, as a share of it."""
+        return memory.parts_of(self.shapes, self.setup, self.tokens, self.line["batch"]).total / self.peak - 1
+
+
+def recorded(paths: Iterable[Path] = ()) -> list[Recorded]:
+    """The lines of Burnish that the plan can predict, of all grids if no file is named."""
+    places = sorted(paths) or sorted((HERE / "results").glob("grid-*.jsonl"))
+    lines = [json.loads(line) for path in places for line in path.read_text(encoding="utf-8").splitlines()]
+    return [one for line in lines if (one := _recorded(line)) is not None]
+
+
+def _recorded(line: dict[str, Any]) -> Recorded | None:
+    if line.get("system") != arms.OURS or line.get("backend") != "fused" or line.get("peak_gib") is None:
+        return None
+    if any(line.get(name, plain) != plain for name, plain in PLAIN.items()):
+        return None
+    if line["model"] not in shapes.SHAPES or line["mode"] not in arms.MODES:
+        return None
+    full = line["mode"].startswith("full")
+    setup = memory.Setup(
+        method="full" if full else "lora", storage="4bit" if line["mode"] == "qlora4" else None, rank=arms.RANK,
+        checkpointing=line["checkpointing"], half=line["mode"] == "full-bf16", trains_after=True,
+        embedding_storage=line.get("embedding_storage"),
+    )  # fmt: skip
+    sizes = _shapes(line["model"])
+    found, _ = memory.trained_weights(sizes, setup)
+    if found != line["trained_parameters"]:
+        raise SystemExit(f"{line['model']} {line['mode']}: {line['trained_parameters']} weights train, not {found}")
+    steps = line["warmup_steps"] + line["steps"]
+    tokens = most_tokens(line["lengths"], line["batch"], line["seq"], steps)
+    return Recorded(line, sizes, setup, tokens, line["peak_gib"] * memory.GIB)
+
+
+@functools.cache
+def _shapes(name: str) -> Shapes:
+    from burnish.core.registry import registry
+    from burnish.core.selection import choose_family
+
+    shape = shapes.SHAPES[name]
+    config = shape.config()
+    widths = [int(config.hidden_size), *shape.dense]
+    after = sum(width * out for width, out in itertools.pairwise(widths))
+    return shapes_of(config, choose_family(registry(), config).family.lora, after=after)
+
+
+@functools.cache
+def most_tokens(lengths: str, batch: int, seq: int, steps: int) -> int:
+    """The most tokens in a step of a run of `steps` steps, filled up: the order is the trainer's, of seed 42."""
+    import torch
+
+    if lengths == "fixed":
+        return 2 * batch * seq
+    count = steps * batch
+    columns = [np.array(workload.lengths(lengths, count, seq, place)) for place in (1, 2)]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).numpy()
+    found = 0
+    for step in range(steps):
+        rows = order[step * batch : (step + 1) * batch]
+        texts = [np.zeros(length, np.int32) for column in columns for length in column[rows]]
+        bound = -(-seq // 64) * 64
+        filled = stream.flatten([texts], fit=stream.fit_eighths, fit_longest=functools.partial(max, bound))
+        found = max(found, filled[stream.IDS].shape[1])
+    return found
+
+
+def fit(lines: Sequence[Recorded]) -> dict[str, float]:
+    """The four factors."""
+    from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+    plain = [one for one in lines if not one.setup.checkpointing and one.setup.storage is None]
+    terms = np.array([memory.coefficients(one.shapes, one.setup, one.tokens) for one in plain])
+    rest = np.array([one.peak - _known(one) for one in plain])
+    weight = 1 / np.array([one.peak for one in plain])
+    scaled = terms * weight[:, None]
+    sizes = scaled.mean(axis=0)
+    found, _ = nnls(scaled / sizes, rest * weight)
+    return dict(zip(FACTORS, (found / sizes).tolist(), strict=True))
+
+
+def _known(one: Recorded) -> float:
+    """What is not fitted: weights, adapter, gradients, states, loss."""
+    parts = memory.parts_of(one.shapes, one.setup, one.tokens, one.line["batch"])
+    return parts.weights + parts.adapter + parts.gradients + parts.optimizer + parts.loss
+
+
+def fit_checkpoints(lines: Sequence[Recorded]) -> dict[str, float]:
+    """What each way of checkpointing keeps, of those that lines have; the four factors stay what they are."""
+    found = {}
+    for name, way in WAYS.items():
+        measured = [one for one in lines if one.setup.checkpointing == way]
+        if not measured:
+            continue
+        use({name: 0.0})
+        without = np.array([one.error for one in measured])
+        use({name: 1.0})
+        step = np.array([one.error for one in measured]) - without  # an error is linear in the factor
+        found[name] = max(0.0, float(-(step @ without) / (step @ step)))
+        use({name: found[name]})
+    return found
+
+
+def use(factors: dict[str, float]) -> None:
+    """Have the plan predict with these factors, in this process."""
+    for name, value in factors.items():
+        setattr(fitted, name, value)
+
+
+def held_out(lines: Sequence[Recorded], without: int) -> list[list[float]]:
+    """The errors of lines whose models were not in the fit, for every choice of `without` models to leave out."""
+    plain = [one for one in lines if not one.setup.checkpointing]
+    models = sorted({one.line["model"] for one in plain})
+    kept, found = {name: getattr(fitted, name) for name in FACTORS}, []
+    for out in itertools.combinations(models, without):
+        use(fit([one for one in plain if one.line["model"] not in out]))
+        found.append([abs(one.error) for one in plain if one.line["model"] in out])
+    use(kept)
+    return found
+
+
+def write(path: Path, values: dict[str, Any]) -> None:
+    """Put the values in the place of those that the file has.
+
+    Raises:
+        SystemExit: If it lacks one.
+    """
+    text = path.read_text(encoding="utf-8")
+    for name, value in values.items():
+        said = json.dumps(value) if isinstance(value, str) else repr(value).replace("'", '"')
+        text, count = re.subn(rf"^{name} = .*$", f"{name} = {said}".replace("\\", r"\\"), text, flags=re.MULTILINE)
+        if count != 1:
+            raise SystemExit(f"{path} has no line {name} = …")
+    path.write_text(text, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--lines", type=Path, nargs="*", default=())
+    given = parser.parse_args(arguments)
+    lines = recorded(given.lines)
+    factors = fit(lines)
+    use(factors)
+    factors |= fit_checkpoints(lines)
+    rounded = {name: round(value, 3) for name, value in factors.items()}
+    use(rounded)
+    errors = [one.error for one in lines]
+    for one in sorted(lines, key=lambda one: -abs(one.error)):
+        print(f"{one.error:+7.1%}  {one.peak / memory.GIB:7.2f} GiB  {one.name}")
+    print({**rounded, "lines": len(lines), "rms": round(float(np.sqrt(np.mean(np.square(errors)))), 4)})
+    models = len({one.line["model"] for one in lines if not one.setup.checkpointing})
+    for without in (1, models // 2):
+        worst = sorted(max(half) for half in held_out(lines, without))
+        mean = np.mean(list(itertools.chain(*held_out(lines, without))))
+        print(f"{without} of {models} models left out: {mean:.1%} on average; the largest error {worst[0]:.1%} to "
+              f"{worst[-1]:.1%}, median {worst[len(worst) // 2]:.1%}")  # fmt: skip
+    if given.write:
+        alone = max(max(half) for half in held_out(lines, 1))
+        made = {
+            **rounded, "ASSUMED": tuple(name for name in WAYS if name not in factors),
+            "FITTED": f"{datetime.now(UTC):%Y-%m-%d}, {len(lines)} lines, {models} models",
+            "WORST": round(max(map(abs, errors)), 3), "HELD_OUT": round(alone, 3),
+        }  # fmt: skip
+        write(Path(str(fitted.__file__)), made)
+
+
+if __name__ == "__main__":
+    main()
