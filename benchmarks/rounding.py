@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/rounding.py                all arms, two seeds: about 15 minutes on one core
     OMP_NUM_THREADS=1 python benchmarks/rounding.py --steps 3      whether it works at all; nothing is written
 
-Every arm trains all-MiniLM-L6-v2 in full on `core/quickstart_data`: batches of 32 pairs, at most 64 tokens, a rate of
-2e-5 that falls linearly over one epoch, no dropout, clipping at 1, on the CPU. A seed's data order is the same in all arms. Afterwards
-the weights are taken as they are, and the held-out queries are measured in float32.
+Every arm trains all-MiniLM-L6-v2 in full on `core/quickstart_data` for one epoch: batches of 32 pairs, at most 64
+tokens, a rate of 2e-5 that falls linearly, no dropout, clipping at 1, on the CPU. The data come in the same order in
+all arms of a seed. Afterwards the weights are taken as they are, and the held-out queries are measured in float32.
 
 Arms: `float32`, masters in float32, the forward under bfloat16 autocast, as on a GPU; `bfloat16`, pure bfloat16 and
 torch's AdamW; `rounded`, the same with `stochastic_rounding=True`; `rounded-float32-moments`, with moments in float32.
@@ -25,16 +25,20 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from quality_parity import commit, evaluate, machine
 from torch import Tensor
 
 from burnish import FastSentenceTransformer, Trainer, TrainingArguments, losses
 from burnish.core.environment import versions
 from burnish.core.quickstart import DATA, find_weights
 from burnish.core.retrieval_data import training_pairs
+
+if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
+    from benchmarks.quality_parity import commit, evaluate, machine
+else:
+    from quality_parity import commit, evaluate, machine
 
 ARMS = ("float32", "bfloat16", "rounded", "rounded-float32-moments")
 FIRST_SEED, SEEDS, STEPS, BATCH, LENGTH, RATE = 42, 2, 44, 32, 64, 2e-5
@@ -47,7 +51,7 @@ Line = dict[str, Any]
 class Float32Moments(Trainer):
     """Stochastic rounding of weights alone."""
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
         kind, keywords = super().get_optimizer_cls_and_kwargs(args, model)
         keywords["rounding"] = replace(keywords["rounding"], moments=torch.float32)
         return kind, keywords
