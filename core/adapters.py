@@ -13,6 +13,7 @@ from torch import nn
 
 from .contracts import Family, LoraTargets
 from .errors import ConfigError, ModelError
+from .quantised import layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +45,7 @@ def add_lora(
     _check_saved_modules(transformer, lora.get("modules_to_save"))
     settings = {"task_type": "FEATURE_EXTRACTION", **{key: value for key, value in lora.items() if value is not None}}
     settings |= _initialisation(settings)
+    _check_quantised(transformer, settings)
     trainable = [parameter.requires_grad for parameter in transformer.parameters()]
     try:
         config = LoraConfig(target_modules=targets, exclude_modules=excluded or None, **settings)
@@ -185,6 +187,43 @@ def _initialisation(settings: dict[str, Any]) -> dict[str, Any]:
     return {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1, **(loftq or {})}}
 
 
+def _check_quantised(transformer: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Refuse what a quantised base cannot take: there PEFT fails half-way, or bitsandbytes trains in fewer bits."""
+    found = dict(layers(transformer))
+    if not found:
+        return
+    start = str(settings.get("init_lora_weights", True))
+    if start in ("loftq", "orthogonal") or start.startswith("pissa"):
+        fix = 'Pass True, False, "gaussian" or "olora"'
+        raise ConfigError(f"{start!r} does not start from quantised weights", where="init_lora_weights", fix=fix)
+    saved = settings.get("modules_to_save") or ()
+    for name in saved:
+        inside = [full for full in found if _named(full, (name,)) or f".{name}." in f".{full}."]
+        if inside:
+            what = f"{inside[0]} is quantised and cannot train in full"
+            raise ConfigError(what, where="modules_to_save", fix="Adapt it (target_modules), or load a plain base")
+    check_over_quantised(transformer, bias=settings.get("bias", "none"), dora=bool(settings.get("use_dora")))
+
+
+def check_over_quantised(transformer: PreTrainedModel, *, bias: str, dora: bool) -> None:
+    """Refuse an adapter, new or loaded, that a quantised base does not train right.
+
+    * A quantised layer casts its bias to the dtype it computes in, in place, at every forward.
+    * On a CPU, DoRA's forward (`peft.utils.integrations.dequantize_module_weight`) puts a new weight into an 8-bit
+      layer, which then lacks its scales.
+
+    Raises:
+        ConfigError: If it is such a one.
+    """
+    found = [layer for _, layer in layers(transformer)]
+    dtypes = {transformer.dtype, *(getattr(layer, "compute_dtype", None) for layer in found)}
+    if found and bias != "none" and (halves := dtypes & {torch.float16, torch.bfloat16}):
+        what = f"bitsandbytes casts the biases of quantised layers to {halves.pop()}, where small updates are lost"
+        raise ConfigError(what, where=f"bias={bias!r}", fix='Pass bias="none", or load with dtype="float32"')
+    if dora and transformer.device.type == "cpu" and getattr(transformer, "is_loaded_in_8bit", False):
+        raise ConfigError("PEFT breaks 8-bit layers on a CPU", where="use_dora", fix="Use load_in_4bit, or plain LoRA")
+
+
 def _reading_note(config: Any) -> list[str]:
     """What plain Sentence Transformers cannot read back from a saved adapter with the transformers installed here."""
     import transformers
@@ -238,7 +277,9 @@ def wake_adapters(transformer: PreTrainedModel) -> None:
         return
     active = transformer.active_adapters()
     transformer.set_adapter(active)
-    bias = getattr(transformer.peft_config[active[0]], "bias", "none")
+    config = transformer.peft_config[active[0]]
+    bias = getattr(config, "bias", "none")
+    check_over_quantised(transformer, bias=bias, dora=getattr(config, "use_dora", False))
     for name, parameter in transformer.named_parameters():
         if name.endswith("bias") and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
             parameter.requires_grad_(True)

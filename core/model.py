@@ -30,7 +30,7 @@ from .packing import POOLS_PACKED_PROMPTS, padded, pool_packed
 from .precision import PrecisionChoice
 from .preparation import Preparation, attention_name, describe_pooling, prepare, set_checkpointing
 from .provenance import Provenance, write
-from .quantised import check_intact, unify
+from .quantised import check_intact, settle
 from .recall import recall
 from .tables import base_folder, store_tables, undo_tables
 
@@ -122,7 +122,7 @@ class SentenceTransformer(Stock):
         modules: tuple[Any, dict[str, Any]] = super()._load_modules(model_name_or_path, *args, **keywords)
         if decision.options.purpose != "inference":
             first = modules[0][0] if isinstance(modules[0], list) else next(iter(modules[0].values()))
-            unify(first.model, decision.precision)
+            settle(first.model, decision.precision, fresh=True)
             hub["cache_dir"] = hub.pop("cache_folder")
             if repository.base is not None:
                 read_adapter(first.model, model_name_or_path, **hub)

@@ -89,9 +89,7 @@ def prepare(module: Any, transformer: PreTrainedModel, decision: Decision) -> Pr
     if options.activation_budget_gb is not None:
         preparation.checkpointing = f"as many layers as {options.activation_budget_gb:g} GB do not hold"
     _keep_float32(transformer, family.precision.keep_float32)
-    precision = decision.precision
-    stored = settle(transformer, precision.compute or precision.dtype or transformer.dtype)
-    preparation.notes += [("storage", line) for line in stored]
+    preparation.notes += [("storage", line) for line in settle(transformer, decision.precision)]
     preparation.embeddings = store_tables(transformer, decision)
     wake_adapters(transformer)
     return preparation

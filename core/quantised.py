@@ -139,18 +139,6 @@ def settings(kind: Storage, compute: torch.dtype, policy: Precision) -> Any:
     return as_object(chosen)
 
 
-def unify(transformer: PreTrainedModel, precision: PrecisionChoice) -> None:
-    """Bring what a pre-quantised checkpoint holds beside its quantised layers to the chosen dtype.
-
-    transformers leaves every tensor called "weight" of such a checkpoint in the dtype it was saved in; biases it casts.
-    """
-    if precision.storage is None or precision.quantization_config is not None or precision.dtype is None:
-        return
-    for parameter in transformer.parameters():
-        if parameter.is_floating_point() and _kind_of(parameter) is None:
-            parameter.data = parameter.data.to(precision.dtype)
-
-
 def is_quantised(module: Any) -> bool:
     """Whether a linear layer holds its weight in bitsandbytes' 4-bit or 8-bit form; a PEFT layer over one does not."""
     return _kind(module) is not None
@@ -170,17 +158,19 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if is_quantised(module))
 
 
-def settle(transformer: PreTrainedModel, compute: torch.dtype) -> list[str]:
-    """Make a freshly loaded quantised model compute what a dense one with the same weights does; what it holds, in
-    words.
+def settle(transformer: PreTrainedModel, precision: PrecisionChoice, *, fresh: bool = False) -> list[str]:
+    """Make a quantised model compute what a dense one with the same weights does; what it holds, in words.
 
-    * 4-bit layers compute in `compute`, forward and backward, whatever a pre-quantised checkpoint's config names.
+    * 4-bit layers compute in the chosen dtype, forward and backward, whatever a pre-quantised checkpoint names.
+    * What such a checkpoint holds beside them is brought to the chosen dtype: transformers casts its biases, and leaves
+      every tensor called "weight" as it was saved.
     * bitsandbytes' own inference path on CPUs with AVX512-BF16 stays off. In evaluation mode it repacks the weights for
       good: from then on results are rounded to bfloat16, no gradient passes the layer, and saving loses bits.
 
     Args:
         transformer: The loaded model; left alone if nothing in it is quantised.
-        compute: The dtype of its activations.
+        precision: What was chosen for it.
+        fresh: Whether transformers has just made it, and no adapter been read.
 
     Raises:
         ModelError: If the model was to be quantised and no layer of it is.
@@ -192,6 +182,11 @@ def settle(transformer: PreTrainedModel, compute: torch.dtype) -> list[str]:
             raise ModelError(what, where="load_in_4bit, load_in_8bit", fix="Load it without")
         return []
     hush()
+    compute: torch.dtype = precision.compute or precision.dtype or transformer.dtype
+    own = precision.storage is not None and precision.quantization_config is None
+    for parameter in transformer.parameters() if fresh and own else ():
+        if parameter.is_floating_point() and _kind_of(parameter) is None:
+            parameter.data = parameter.data.to(compute)
     for layer in found.values():
         if _kind(layer) == "4bit":
             layer.compute_dtype, layer.compute_type_is_set = compute, True
