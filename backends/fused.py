@@ -72,6 +72,12 @@ class FusedStep:
         self._graphs.move_to_end(key)
         return self._replay(graph, batch)
 
+    def forget(self) -> None:
+        """Let go of all graphs, of the memory that they and the gradients hold, and of what was found out of shapes."""
+        for kept in (self._graphs, self._warmed, self._refused, self._gradients):
+            kept.clear()
+        self._pool = None
+
     def _key(self, batch: Mapping[str, Any], items: Any) -> Hashable:
         """What a captured step must find unchanged: shapes, constants, and where the weights lie."""
         shapes = tuple(
@@ -191,6 +197,10 @@ def _uncapturable(context: StepContext) -> str | None:
         return "gradients are exchanged between processes"
     if context.checkpointing == "offload":
         return "layers' inputs go to host memory"
+    if getattr(context.arguments, "optimizer_in_backward", False):
+        return "weights are stepped inside the backward, and their gradients freed"
+    if getattr(context.arguments, "sparse_embeddings", False):
+        return "the rows of a sparse gradient are another number in every batch"
     return None
 
 

@@ -11,6 +11,10 @@ from ..core.hookspecs import hookimpl
 
 def build_step(context: StepContext) -> Step:
     """Sentence Transformers' step as it is: what every other backend is compared with."""
+    if context.activation_budget is not None:
+        from .budgeted import BudgetedStep
+
+        return BudgetedStep(context)
     return context.eager
 
 
@@ -34,6 +38,12 @@ def _tiled_infonce() -> Callable[..., Any]:
 
 def _rounded_adamw() -> Callable[..., Any]:
     from ..kernels.adamw import rounded_adamw
+
+    return rounded_adamw
+
+
+def _rounded_adamw_tiles() -> Callable[..., Any]:
+    from ..kernels.adamw_tiles import rounded_adamw
 
     return rounded_adamw
 
@@ -72,4 +82,8 @@ def burnish_register_kernels() -> Iterable[KernelSpec]:
             needs=Needs(devices=("cuda",), compute_capability=(7, 0), packages=("triton",)),
         ),
         KernelSpec(operation="rounded_adamw", name="reference", load=_rounded_adamw),
+        KernelSpec(
+            operation="rounded_adamw", name="triton", load=_rounded_adamw_tiles, priority=10,
+            needs=Needs(devices=("cuda",), compute_capability=(8, 0), packages=("triton",)),
+        ),
     ]  # fmt: skip

@@ -156,7 +156,10 @@ def _pure(options: LoadOptions, dtype: torch.dtype | None) -> str:
     import torch
 
     pure = options.purpose == "full" and dtype not in (None, torch.float32)
-    return ", pure low-precision training: small updates round away" if pure else ""
+    if not pure:
+        return ""
+    fix = " unless TrainingArguments has stochastic_rounding=True" if dtype == torch.bfloat16 else ""
+    return f", pure low-precision training: small updates round away{fix}"
 
 
 def _by_policy(

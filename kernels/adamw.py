@@ -38,6 +38,9 @@ def rounded_adamw(
 ) -> None:
     """A step of AdamW (Loshchilov and Hutter 2019, algorithm 2) in place, as `torch.optim.AdamW` counts, in float32.
 
+    Every implementation takes the random numbers of `random_bits`: the upper half of a place's bits for the weight, the
+    lower for the first moment, the upper half of another hash of them for the second.
+
     Args:
         weights: bfloat16, contiguous, any shape. Rounded stochastically.
         gradients: One for each weight, of its shape, floating.

@@ -123,7 +123,52 @@ def _run_infonce(
     return [losses.detach(), *(text.grad.to(wide) for text in texts if text.grad is not None)]
 
 
-OPERATIONS: dict[str, Callable[..., str]] = {"packed_attention": packed_attention, "tiled_infonce": tiled_infonce}
+def rounded_adamw(found: Any, expected: Any, dtype: torch.dtype, device: str, tolerance: float) -> str:
+    """Weights and moments after two steps, for gradients and moments of both dtypes and weights of odd sizes.
+
+    Both take the same random numbers, so that all but a few are equal: a result that lies where a random number decides
+    may fall to the other side of it by its last bit in float32.
+    """
+    shapes = ((1,), (5,), (33, 7), (1024,), (1025, 3), (2, 2, 2048))
+    kinds = (torch.bfloat16, torch.float32)
+    worst, cases = 0.0, list(itertools.product(kinds, kinds, (0.0, 0.1)))
+    for gradients, moments, decay in cases:
+        mine, plain = (_run_adamw(one, shapes, gradients, moments, decay, device) for one in (found, expected))
+        for ours, theirs in zip(mine, plain, strict=True):
+            apart = (ours - theirs).abs()
+            far = float((apart > theirs.abs() * tolerance).float().mean())
+            assert far <= 0.005, f"{far:.1%} of the numbers are not the plain version's ({gradients}, {moments})"
+            # Neighbours in bfloat16 are 2^-7 of their size apart, or less, and there are two steps.
+            assert bool((apart <= theirs.abs() * 2**-6 + 1e-30).all()), "a number is far from the plain version's"
+            worst = max(worst, far)
+    return f"{len(cases)} cases, {worst:.1%} apart"
+
+
+def _run_adamw(
+    operation: Callable[..., None], shapes: Sequence[tuple[int, ...]], gradients: torch.dtype, moments: torch.dtype,
+    decay: float, device: str,
+) -> list[Tensor]:  # fmt: skip
+    """[all weights, all first moments, all second moments], float64."""
+    draw = torch.Generator().manual_seed(0)
+
+    def made(scale: float, kind: torch.dtype) -> list[Tensor]:
+        return [(torch.randn(shape, generator=draw) * scale).to(device, kind) for shape in shapes]
+
+    weights, means = made(0.05, torch.bfloat16), made(0.1, moments)
+    squares = [value.abs() for value in made(0.1, moments)]
+    start = torch.cat([weight.flatten() for weight in weights]).clone()
+    for step in (1, 2):
+        keys = [(step * 2**62 + place * 2**33 + 2**31 + place) % 2**64 for place in range(len(shapes))]
+        numbers = {"step": step, "rate": 1e-3, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "decay": decay}
+        operation(weights, made(0.1, gradients), means, squares, keys, **numbers)
+    results = [torch.cat([value.flatten() for value in some]) for some in (weights, means, squares)]
+    assert (results[0] != start).float().mean() > 0.5, "hardly a weight has moved: nothing would be proved"
+    return [value.double() for value in results]
+
+
+OPERATIONS: dict[str, Callable[..., str]] = {
+    "packed_attention": packed_attention, "tiled_infonce": tiled_infonce, "rounded_adamw": rounded_adamw
+}  # fmt: skip
 
 
 def check_operation(

@@ -77,3 +77,20 @@ def test_attention_compiles_and_fits(place: int, part: str, dtype: torch.dtype, 
     from burnish.kernels.biased_attention import launch
 
     fits(attention(part, dtype, size, capability, launch(size, dtype)[place]))
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("dtype, capability", [(torch.bfloat16, 90), (torch.float32, 80)])
+def test_rounded_adamw_compiles(dtype: torch.dtype, capability: int, aligned: bool) -> None:
+    """Aligned addresses are loaded 16 bytes at a time."""
+    from burnish.kernels import adamw_tiles as tiles
+
+    numbers = ("rate", "keep", "gain1", "beta2", "gain2", "epsilon", "correction2")
+    kinds = {"table": "*i64", "owners": "*i32", **dict.fromkeys(numbers, "fp32")}
+    constants = {
+        "GRADIENT": tiles.NUMBERS[dtype], "MOMENT": tiles.NUMBERS[dtype], "ROUND": dtype == torch.bfloat16,
+        "ALIGNED": aligned, "FIELDS": tiles.FIELDS, "BLOCK": tiles.BLOCK,
+    }  # fmt: skip
+    found = compiled(tiles.step_kernel, kinds, constants, capability, 4, 1)
+    fits(found)
+    assert ("ld.global.v4" in found.asm["ptx"]) == aligned
