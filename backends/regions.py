@@ -86,7 +86,7 @@ class Regions:
 
     def _run(self, place: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         rows, bounds = _mark_tokens((args, kwargs))
-        states = max((value for value in _tensors((args, kwargs)) if _is_real(value)), key=torch.numel)
+        states = largest((args, kwargs))
         tokens = states.shape[:-1].numel()
         kind = self._kind(place, tokens, states, layer, args, kwargs)
         with ExitStack() as stack:
@@ -217,6 +217,12 @@ def _call(layer: Any, *args: Any, **kwargs: Any) -> Any:
     args = tuple(value.to(dtype) if _is_real(value) else value for value in args)
     with torch.autocast(next(layer.parameters()).device.type, enabled=False):
         return layer._call_impl(*args, **kwargs)
+
+
+def largest(value: Any) -> torch.Tensor:
+    """Of all tensors of numbers in a layer's arguments the largest: its input."""
+    found: torch.Tensor = max((tensor for tensor in _tensors(value) if _is_real(tensor)), key=torch.numel)
+    return found
 
 
 def _is_real(value: Any) -> bool:
