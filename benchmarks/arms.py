@@ -98,9 +98,14 @@ def prepare(system: str) -> None:
 
 
 def master_dtype(given: Namespace) -> Any:
-    """The dtype that the weights are kept in. Full: float32 masters in every arm. A CPU trains in float32."""
+    """The dtype that the weights are kept in. Full: float32 masters in every arm. A CPU trains in float32.
+
+    `given.dtype`, where there is one, is it.
+    """
     import torch
 
+    if getattr(given, "dtype", None) is not None:
+        return given.dtype
     return torch.float32 if given.mode == "full" or given.device == "cpu" else torch.bfloat16
 
 

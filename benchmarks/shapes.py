@@ -165,7 +165,7 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=folder) as scratch:
         part = Path(scratch) / "model"
-        _modules(SHAPES[name], config, tokenizer, longest, part)
+        modules(SHAPES[name], config, tokenizer, longest, part)
         saved = json.loads((part / "config.json").read_text(encoding="utf-8"))
         if "use_cache" in saved:  # Sentence Transformers' choice
             config.use_cache = saved["use_cache"]
@@ -183,8 +183,21 @@ def build(
     return place
 
 
-def _modules(shape: Shape, config: Any, tokenizer: str, longest: int, into: Path) -> None:
-    """The model's folder around a transformer of one layer: a large one is not written and read twice."""
+def modules(
+    shape: Shape, config: Any, tokenizer: str, longest: int, into: Path, *, layers: int = 1, positions: int = 64
+) -> None:
+    """The model's folder around a transformer of a few layers, and of the tokenizer's vocabulary: a large one is not
+    written and read twice.
+
+    Args:
+        shape: The model.
+        config: Its config.
+        tokenizer: A tokenizer's folder.
+        longest: Longest text in tokens.
+        into: Where the folder is written; a folder `base` is left beside it.
+        layers: Layers of the transformer.
+        positions: Its positions.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
@@ -195,20 +208,20 @@ def _modules(shape: Shape, config: Any, tokenizer: str, longest: int, into: Path
     words.model_max_length = longest
     words.save_pretrained(base)
     small = copy.deepcopy(config)
-    small.num_hidden_layers = 1
+    small.num_hidden_layers = layers
     small.vocab_size = len(words)
-    small.max_position_embeddings = 64
+    small.max_position_embeddings = positions
     if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:1]
+        small.layer_types = small.layer_types[:layers]
     kind: Any = AutoModel
     kind.from_config(small, dtype=torch.bfloat16).save_pretrained(base)
-    modules: list[Any] = [Transformer(str(base), max_seq_length=longest)]
+    made: list[Any] = [Transformer(str(base), max_seq_length=longest)]
     width = int(config.hidden_size)
-    modules.append(Pooling(width, pooling_mode=shape.pooling))
+    made.append(Pooling(width, pooling_mode=shape.pooling))
     for out in shape.dense:
-        modules.append(Dense(width, out, bias=False, activation_function=torch.nn.Identity()))
+        made.append(Dense(width, out, bias=False, activation_function=torch.nn.Identity()))
         width = out
-    SentenceTransformer(modules=[*modules, Normalize()], device="cpu").save_pretrained(str(into))
+    SentenceTransformer(modules=[*made, Normalize()], device="cpu").save_pretrained(str(into))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
