@@ -53,11 +53,7 @@ def write_kernel(
             down + rank[:, None] * columns + column[None, :], mask=(rank < RANK)[:, None] & beside[None, :], other=0.0
         ).to(tl.float32)
         weight += tl.dot(left * factor, right, input_precision="tf32x3")
-    tl.store(
-        out + row[:, None] * stride + column[None, :],
-        weight.to(out.dtype.element_ty, fp_downcast_rounding="rtne"),
-        mask=inside,
-    )
+    tl.store(out + row[:, None] * stride + column[None, :], weight.to(out.dtype.element_ty), mask=inside)
 
 
 def write(out: Tensor, stored: Any, down: Tensor | None, up: Tensor | None, factor: float) -> None:
