@@ -57,14 +57,15 @@ def next_length(tries: Sequence[Try], start: int, longest: int) -> int | None:
     ceiling = longest if high is None else high
     if len(good) == 1:
         wanted = low * 4 if high is None else math.sqrt(low * high)
-    elif high is not None and len(tries) > 6:  # the line does not tell: halve
+    elif high is not None and len(tries) > 8:  # the line does not tell: halve
         wanted = math.sqrt(low * high)
     else:
         wanted = foreseen([one for _, one in good]) or low * 2
         # A little above what fits, or a little below what does not, ends the search.
         wanted = max(wanted, low * (1 + WITHIN))
         if high is not None and wanted > high / (1 + WITHIN):
-            wanted = max(high / (1 + WITHIN), math.sqrt(low * high))
+            failed = sum(not one.fits for one in tries)  # 5% less, then 10, then 20
+            wanted = max(high / (1 + WITHIN) ** (2 ** (failed - 1)), math.sqrt(low * high))
     found = min(_whole(wanted), longest)
     if low < found < ceiling or (high is None and found == longest):
         return found

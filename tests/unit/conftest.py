@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 
 import pytest
 
@@ -67,3 +68,27 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(site)):
             del sys.modules[name]
+
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT_NAMES = (
+    "arms", "cell", "clock", "context", "context_search", "cpu", "grid", "heatmap", "lines", "measuring",
+    "memory_saved", "shapes", "table", "workload",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[dict[str, ModuleType]]:
+    """The scripts as they find each other when one is run; nothing of them is left to other tests."""
+    place = list(sys.path)
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        found = {}
+        for name in SCRIPT_NAMES:
+            sys.path[:] = [str(SCRIPTS), *place]  # cell.py takes the folder off the path
+            found[name] = importlib.import_module(name)
+        yield found
+    finally:
+        sys.path[:] = place
+        for name in SCRIPT_NAMES:
+            sys.modules.pop(name, None)

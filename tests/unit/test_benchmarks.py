@@ -7,7 +7,6 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,24 +14,6 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("arms", "cell", "clock", "cpu", "grid", "heatmap", "lines", "measuring", "shapes", "table", "workload")
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[dict[str, ModuleType]]:
-    """The scripts as they find each other when one is run; nothing of them is left to other tests."""
-    place = list(sys.path)
-    sys.path.insert(0, str(FOLDER))
-    try:
-        found = {}
-        for name in MODULES:
-            sys.path[:] = [str(FOLDER), *place]  # cell.py takes the folder off the path
-            found[name] = importlib.import_module(name)
-        yield found
-    finally:
-        sys.path[:] = place
-        for name in MODULES:
-            sys.modules.pop(name, None)
 
 
 def line(system: str, rate: float | None, **other: Any) -> dict[str, Any]:
@@ -275,3 +256,112 @@ def test_heatmaps_are_drawn_and_say_what_is_missing(bench: dict[str, ModuleType]
     assert path.with_suffix(".png").stat().st_size > 5_000
     bench["heatmap"].draw_all(bench["lines"].read([results]), tmp_path, "burnish", ["st-fa2"], "pairs_per_s")
     assert path.read_text(encoding="utf-8") == drawn
+
+
+def test_each_system_is_compared_at_its_own_best_setting(bench: dict[str, ModuleType]) -> None:
+    compare = bench["lines"].compare
+    plain = [line("st-fa2", 8.0), line("burnish", 4.0)]
+    ours = line("burnish", 1.0, checkpointing="offload", embedding_storage="host")
+    assert [one.ratio for one in compare([*plain, ours], "burnish", "st", "peak_gib")] == [2.0]
+    # The peer was not tried with checkpointing: then ours does not count either.
+    assert [one.ratio for one in compare([*plain, ours], "burnish", "st", "peak_gib", settings="best")] == [2.0]
+    theirs = line("st-fa2", 3.0, checkpointing=True)
+    [one] = compare([*plain, ours, theirs], "burnish", "st", "peak_gib", settings="best")
+    assert one.ratio == 3.0 and one.lines == (ours, theirs)
+    assert bench["lines"].setting(ours) == "checkpointing offload, embeddings on the host"
+    assert bench["lines"].setting(theirs) == "checkpointing" and bench["lines"].setting(plain[0]) == "plain"
+    # Checkpointing is slower: for speed the plain lines are the best.
+    assert [one.ratio for one in compare([*plain, ours, theirs], "burnish", "st", "pairs_per_s", settings="best")] == [
+        0.5
+    ]
+    # A setting that failed does not hide one that did not.
+    failed = line("burnish", None, checkpointing="selective")
+    assert compare([*plain, ours, theirs, failed], "burnish", "st", "peak_gib", settings="best")[0].ratio == 3.0
+
+
+def test_of_one_setting_in_one_run_the_last_line_counts(bench: dict[str, ModuleType]) -> None:
+    found = [line("st-fa2", 100.0), line("burnish", 400.0), line("burnish", 300.0)]
+    assert [one.ratio for one in bench["lines"].compare(found, "burnish", "st", "pairs_per_s")] == [3.0]
+
+
+def test_lines_from_before_the_settings_are_of_plain_ones(bench: dict[str, ModuleType]) -> None:
+    lines, grid = bench["lines"], bench["grid"]
+    old = line("burnish", 1.0)
+    assert "embedding_storage" not in old and lines.is_plain(old)
+    wanted = grid.group("burnish bge-large-en-v1.5 lora16 512 32 fixed", 150)
+    assert grid.left_to_run(wanted, [old], "new") == ()
+    other = grid.group("burnish bge-large-en-v1.5 lora16 512 32 fixed --embedding-storage host", 150)
+    assert other.where["embedding_storage"] == "host"
+    assert grid.left_to_run(other, [old], "new") == ("burnish",)
+
+
+def test_four_bits_are_compared_with_our_own_sixteen(bench: dict[str, ModuleType]) -> None:
+    table = bench["table"]
+    goal = table.Goal(goal="g", system="burnish", peer="burnish", peer_mode="lora16", figure="pairs_per_s",
+                      at_least=0.9, where={"mode": "qlora4", "seq": [128, 512]})  # fmt: skip
+    found = [line("burnish", 100.0), line("burnish", 95.0, mode="qlora4")]
+    found += [line("burnish", 100.0, seq=128), line("burnish", 50.0, seq=128, mode="qlora4")]
+    found += [line("burnish", None, seq=2048), line("burnish", 50.0, seq=2048, mode="qlora4")]
+    [row] = table.rows(found, [goal])
+    assert row[2] == "burnish, lora16" and row[5] == "1 of 2" and row[6].startswith("0.50× (bge-large-en-v1.5, 128")
+    lacking = bench["lines"].compare(found[-2:], "burnish", "burnish", "pairs_per_s", peer_mode="lora16")
+    assert [one.lacking for one in lacking] == ["burnish, lora16"]
+    with pytest.raises(ValueError, match="settings are plain or best"):
+        table.Goal(goal="g", system="burnish", peer="st", figure="peak_gib", settings="worst")
+
+
+def test_limits_are_in_gb_and_take_the_least_of_each_system(bench: dict[str, ModuleType]) -> None:
+    table = bench["table"]
+    limit = table.Limit(goal="g", system="burnish", at_most=2.0, moonshot=1.0, where={"mode": "lora16"})
+    gib = 1e9 / 2**30
+    found = [
+        line("st-fa2", 6 * gib), line("st-fa2", 3 * gib, checkpointing=True, process_gib=4 * gib),
+        line("burnish", 3 * gib), line("burnish", 1.5 * gib, checkpointing="offload", process_gib=2 * gib),
+        line("unsloth", None),
+    ]  # fmt: skip
+    rows = {row[2]: row[3:] for row in table.limit_rows(found, [limit])}
+    assert rows["st-fa2"] == ("3.00", "4.00", "checkpointing", "6.00", "", "")
+    assert rows["burnish"] == ("1.50", "2.00", "checkpointing offload", "3.00", "2, moonshot 1", "yes")
+    assert rows["unsloth"][2] == "no result"
+    assert table.limit_rows([], [limit])[0][-1] == "not measured"
+    less = [*found, line("burnish", 0.9 * gib, checkpointing="selective")]
+    assert table.limit_rows(less, [limit])[-1][-1] == "the moonshot"
+    assert table.limit_rows(found[:3], [limit])[-1][-1] == "no"
+    assert len(table.limits()) == 3
+
+
+def test_peers_refuse_settings_that_they_do_not_have(bench: dict[str, ModuleType]) -> None:
+    given_cell = bench["cell"].given_cell
+    for options, said in (
+        (["--checkpointing", "selective"], "st-fa2 has no --checkpointing selective"),
+        (["--embedding-storage", "8bit"], "st-fa2 has no --embedding-storage"),
+        (["--activation-budget", "2"], "st-fa2 has no --activation-budget"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            given_cell(["--system", "st-fa2", "--tokenizer", "-", *options])
+        given_cell(["--system", "burnish", "--tokenizer", "-", *options])
+    written: tuple[list[str], ...] = (
+        [],
+        ["--checkpointing"],
+        ["--checkpointing", "--cpu"],
+        ["--checkpointing", "offload"],
+    )
+    found = [given_cell(["--tokenizer", "-", *options]).checkpointing for options in written]
+    assert found == [False, True, True, "offload"]
+    with pytest.raises(SystemExit, match="unsloth has no"):
+        bench["grid"].group("burnish,unsloth bge-m3 qlora4 512 32 fixed --embedding-storage host", 150)
+
+
+@pytest.mark.parametrize("name", ["cells.txt", "cells-4bit.txt", "cells-memory.txt"])
+def test_the_lists_of_cells_can_be_read(name: str, bench: dict[str, ModuleType]) -> None:
+    texts = [text for text in (FOLDER / name).read_text(encoding="utf-8").splitlines() if text[:1] not in ("", "#")]
+    groups = [bench["grid"].group(text, 150) for text in texts]
+    keys = [group.key(system) for group in groups for system in group.systems]
+    assert len(keys) > 40 and len(set(keys)) == len(keys), "a cell stands there twice"
+
+
+def test_the_list_of_contexts_can_be_read(bench: dict[str, ModuleType]) -> None:
+    texts = (FOLDER / "cells-context.txt").read_text(encoding="utf-8").splitlines()
+    given = [bench["context"].given_cell(text, "--tokenizer", "-") for text in texts if not text.startswith("#")]
+    assert {one.model for one in given} == {"bge-m3", "ModernBERT-large", "Qwen3-Embedding-0.6B"}
+    assert all(one.dropout == "zero" and one.batch == 2 and one.mode == "lora16" for one in given)
