@@ -16,7 +16,7 @@ from .files import atomic_folder
 from .provenance import write
 from .quantised import dequantised, is_quantised, transposed
 from .stored_table import StoredTable
-from .tables import merged_table, stored_tables
+from .tables import merged_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,9 +29,7 @@ METHODS = ("merged_16bit", "merged_32bit", "lora")
 def _target_dtype(model: SentenceTransformer, save_method: str | None) -> torch.dtype:
     transformer = model.transformers_model
     assert transformer is not None
-    # Of the first floating parameter, which is the adapter's where the layers are quantised and the tables elsewhere.
-    tables = list(stored_tables(transformer).values())
-    loaded: torch.dtype = tables[0].stored.dtype if tables else transformer.dtype
+    loaded: torch.dtype = transformer.dtype
     if save_method is None:
         return loaded
     if save_method == "merged_32bit":

@@ -61,19 +61,17 @@ class Stored:
         """Bytes of all that is stored."""
         return sum(part.nbytes for part in (self.data, self.scales, self.code) if part is not None)
 
-    def move(self, convert: Callable[[Tensor], Tensor]) -> None:
-        """Follow a module that `convert` moves or casts: an empty tensor shows whereto. Codes and scales keep their
-        dtypes, and a table on the host stays there."""
-        probe = convert(torch.empty(0, dtype=self.dtype, device=None if self.kind == "host" else self.data.device))
+    def follow(self, weight: Tensor) -> None:
+        """Go where `weight` is, and give rows in its dtype. Codes and scales keep theirs, and a table on the host stays
+        there."""
         if self.kind == "host":
-            if probe.dtype != self.dtype:
-                self.data = _on_host(self.data.to(probe.dtype))
+            self.data = self.data if weight.dtype == self.dtype else _on_host(self.data.to(weight.dtype))
         else:
-            self.data = convert(self.data)
+            self.data = self.data.to(weight.device)
             self.scales, self.code = (
-                None if part is None else part.to(probe.device) for part in (self.scales, self.code)
+                None if part is None else part.to(weight.device) for part in (self.scales, self.code)
             )
-        self.dtype = probe.dtype
+        self.dtype = weight.dtype
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -129,18 +127,14 @@ class StoredTable(nn.Embedding):
     """An `nn.Embedding` whose frozen table is stored otherwise. Modules become one by their class, and go back.
 
     A subclass of `nn.Embedding` keeps its own forward, which gets rows from here where it got them from `nn.Embedding`.
-    State dicts have the table under its own key, in host memory. `to` and its kin move what is stored, and leave a
-    table on the host where it is. `weight` has the table's shape and dtype and no numbers.
+    State dicts have the table under its own key, in host memory. `weight` has no rows and only says where the module is
+    and in which dtype it gives rows: models are asked for both by their first parameter. `to` and its kin move what is
+    stored after it, and leave a table on the host where it is.
     """
 
     stored: Stored
     operation: Callable[..., Tensor]
     own_class: type[nn.Embedding]
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """(V, D) on the device "meta"."""
-        return torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.stored.dtype, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
         """Integers of any shape to (…, D)."""
@@ -170,14 +164,23 @@ class StoredTable(nn.Embedding):
             refuse("a table that is stored otherwise stays frozen")
         return self
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """None is added to a table.
+
+        Raises:
+            ConfigError: If a weight shall take its place.
+        """
+        refuse(f"a table that is stored otherwise takes no other {name}")
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.stored.move(fn)
         above: Any = super()
-        return above._apply(fn, recurse)
+        moved = above._apply(fn, recurse)
+        self.stored.follow(self.weight)
+        return moved
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.dense()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
@@ -185,18 +188,17 @@ class StoredTable(nn.Embedding):
     ) -> None:  # fmt: skip
         key, shape = f"{prefix}weight", (self.num_embeddings, self.embedding_dim)
         given = state_dict.get(key)
-        if given is None:
-            missing_keys += [key] if strict else []
-        elif tuple(given.shape) != shape:
+        if given is not None and tuple(given.shape) != shape:
             error_msgs.append(f"size mismatch for {key}: {tuple(given.shape)}, not {shape}.")
-        else:
+        elif given is not None:
             stored = self.stored
             made = encode(given.to(stored.dtype), stored.kind, stored.folder)
-            made.move(lambda part: part.to(stored.data.device))
+            made.follow(self.weight)
             stored.__dict__.update(made.__dict__)
-        rest = {name: value for name, value in state_dict.items() if name != key}
+        if given is not None:
+            state_dict = {**state_dict, key: self.weight}
         super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
