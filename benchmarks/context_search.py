@@ -64,8 +64,9 @@ def next_length(tries: Sequence[Try], start: int, longest: int) -> int | None:
         # A little above what fits, or a little below what does not, ends the search.
         wanted = max(wanted, low * (1 + WITHIN))
         if high is not None and wanted > high / (1 + WITHIN):
-            failed = sum(not one.fits for one in tries)  # 5% less, then 10, then 20
-            wanted = max(high / (1 + WITHIN) ** (2 ** (failed - 1)), math.sqrt(low * high))
+            failed = next((place for place, one in enumerate(reversed(tries)) if one.fits), len(tries))
+            steps = 2 ** max(0, failed - 1)  # 5% less, then 10, then 20
+            wanted = max(high / (1 + WITHIN) ** steps, math.sqrt(low * high))
     found = min(_whole(wanted), longest)
     if low < found < ceiling or (high is None and found == longest):
         return found
