@@ -14,7 +14,7 @@ from .optimizer_checks import check_arguments
 
 @dataclass
 class TrainingArguments(StockArguments):
-    """Sentence Transformers' training arguments, and four more.
+    """Sentence Transformers' training arguments, and five more.
 
     On a CPU nothing is pinned: there is no device to copy to. On a GPU pinned batches are copied while it computes.
 
@@ -27,6 +27,9 @@ class TrainingArguments(StockArguments):
             so that small updates count on average.
         sparse_embeddings: Give trained embedding tables of 2^20 weights or more row-sparse gradients, and step only the
             rows that a batch has.
+        auto_batch: Cut batches into forwards that fit the memory, with all negatives kept, where the loss lets it:
+            True for as many tokens as the GPU's free memory is planned to hold (docs/memory.md), a number for so many.
+            A step that runs out of memory all the same is run again in smaller parts.
 
     Raises:
         ConfigError: For a value that is none of these, settings that contradict each other, or an optimizer that cannot
@@ -38,6 +41,8 @@ class TrainingArguments(StockArguments):
     stochastic_rounding: bool = field(default=False, metadata={"help": "Round bfloat16 weights stochastically."})
     sparse_embeddings: bool = field(default=False, metadata={"help": "Step only the rows of embeddings in a batch."})
 
+    auto_batch: bool | int = field(default=False, metadata={"help": "Cut batches to fit: True, or a forward's tokens."})
+
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         if not isinstance(self.token_store, bool | str | os.PathLike) or self.token_store == "":
@@ -46,8 +51,20 @@ class TrainingArguments(StockArguments):
         if not isinstance(self.token_store, bool):
             self.token_store = os.fspath(self.token_store)  # arguments are written down as JSON
         check_arguments(self)
+        self._check_auto_batch()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         elif self.dataloader_pin_memory:
             settings: Any = self.accelerator_config
             settings.non_blocking = True
+
+    def _check_auto_batch(self) -> None:
+        if not isinstance(self.auto_batch, int) or self.auto_batch < 0 or str(self.auto_batch) == "0":
+            what = f"{self.auto_batch!r} is neither True, False nor a number of tokens"
+            raise ConfigError(what, where="auto_batch", fix="Pass True for what fits the GPU's memory")
+        if self.auto_batch and self.auto_find_batch_size:
+            fix = "Pass auto_batch alone: it leaves the batch as large as it is"
+            raise ConfigError("both are set", where="auto_batch, auto_find_batch_size", fix=fix)
+        if self.auto_batch and self.optimizer_in_backward:
+            what = "a step that has stepped some weights already cannot be run again"
+            raise ConfigError(what, where="auto_batch, optimizer_in_backward", fix="Pass one of them")

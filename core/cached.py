@@ -16,7 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
 from torch import Tensor, nn
 
 from . import stream
@@ -46,6 +49,24 @@ def loss_of(loss: nn.Module) -> LossOfEmbeddings | None:
         return None
     inner = loss.loss  # not cached; it holds the settings, and `tiled_loss.tile` has bound it where the outer one is
     return lambda embeddings: inner.compute_loss_from_embeddings(embeddings, torch.empty(0))
+
+
+def ranking_of(loss: nn.Module) -> LossOfEmbeddings | None:
+    """What MultipleNegativesRankingLoss makes of all embeddings, where a run may cut any batch; None for other losses.
+
+    Its symmetric form too. A subclass that computes for itself is another loss.
+    """
+    kind = MultipleNegativesRankingLoss
+    if not isinstance(loss, kind) or "forward" in vars(loss):
+        return None
+    own = vars(loss).get("compute_loss_from_embeddings")
+    if own is not None and getattr(getattr(own, "func", None), "__module__", "") != f"{__package__}.tiled_loss":
+        return None
+    methods = ("forward", "compute_loss_from_embeddings")
+    if any(getattr(type(loss), name) is not getattr(kind, name) for name in methods):
+        return None
+    ranking: Any = loss
+    return lambda embeddings: ranking.compute_loss_from_embeddings(embeddings, torch.empty(0))
 
 
 def budget_of(loss: Any, longest: int) -> int:
@@ -86,6 +107,8 @@ def cached_step(
     counts = batch[stream.COLUMNS]
     chunks = [dict(batch)]
     if batch[stream.IDS].shape[1] > budget:
+        if batch[stream.IDS].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a batch of more tokens than a forward may have is cut on the host")
         chunks = cut(batch, budget, filler=filler, fit=fit, fit_longest=fit_longest)
     if len(chunks) == 1:
         embeddings = embed(chunks[0])[: sum(counts)]
@@ -182,23 +205,23 @@ class _State:
     def now(cls, device: torch.device) -> _State:
         kind = device.type
         return cls(
-            device, torch.get_rng_state(), _device_random(device),
+            device, torch.get_rng_state(), random_on(device),
             torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind),
         )  # fmt: skip
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """As it was then, for the length of a block; after it, random numbers go on as if nothing had been drawn."""
-        before, device_before = torch.get_rng_state(), _device_random(self.device)
-        _set_random(self.device, self.random, self.device_random)
+        before, device_before = torch.get_rng_state(), random_on(self.device)
+        set_random_on(self.device, self.random, self.device_random)
         try:
             with torch.autocast(self.device.type, self.dtype, enabled=self.enabled):
                 yield
         finally:
-            _set_random(self.device, before, device_before)
+            set_random_on(self.device, before, device_before)
 
 
-def _device_random(device: torch.device) -> Tensor | None:
+def random_on(device: torch.device) -> Tensor | None:
     """The state of the device's generator; None for a CPU, whose generator is the host's."""
     if device.type == "cpu":
         return None
@@ -207,7 +230,8 @@ def _device_random(device: torch.device) -> Tensor | None:
     return state
 
 
-def _set_random(device: torch.device, host: Tensor, own: Tensor | None) -> None:
+def set_random_on(device: torch.device, host: Tensor, own: Tensor | None) -> None:
+    """Set the host's generator and, unless `own` is None, that of the device."""
     torch.set_rng_state(host)
     if own is not None:
         module: Any = torch.get_device_module(device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -220,11 +220,15 @@ def tokens_that_fit(
         copies: How often a step's memory is there; None is as `graphs` says.
     """
     count = graphs(setup) if copies is None else copies
-    low, high = 0, 2**20  # of 64 tokens
+    return most(lambda tokens: needed(parts_of(shapes, setup, tokens, pairs), count) - taken <= memory)
+
+
+def most(fits: Callable[[int], bool]) -> int:
+    """The largest multiple of 64, up to 2^26, for which `fits` is true, as for all below it; 0 if there is none."""
+    low, high = 0, 2**20
     while low < high:
         middle = (low + high + 1) // 2
-        fits = needed(parts_of(shapes, setup, 64 * middle, pairs), count) - taken <= memory
-        low, high = (middle, high) if fits else (low, middle - 1)
+        low, high = (middle, high) if fits(64 * middle) else (low, middle - 1)
     return 64 * low
 
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from . import batching, stream
 from .arguments import TrainingArguments as TrainingArguments
-from .cached import BUDGET, budget_of, cached_step, loss_of
+from .cached import cached_step, loss_of
 from .contracts import StepContext
 from .errors import ConfigError, ModelError, PluginError
 from .feeding import feed, refusal
@@ -25,6 +25,7 @@ from .inputs import said_of_prompts
 from .logged_loss import LoggedLoss
 from .model import Preparation, SentenceTransformer
 from .optimizer_trainer import OptimizingTrainer
+from .out_of_memory import Room
 from .packing import needs_padding
 from .selection import choose_kernel
 from .tiled_loss import Undo, tile
@@ -72,6 +73,7 @@ class Trainer(OptimizingTrainer):
         self.engine: Step | None = None  # what the backend built, before its results are checked
         self._said: set[str] = set()
         self._logged = LoggedLoss()
+        self.room = Room(self.model, self.args, self._say)
         self._chunks: dict[str, Any] = {}  # how a cached loss's chunks are filled up
         self.tokenise_seconds = 0.0  # spent before the first step on texts that were not in the token store
         preparation = getattr(self.model, "burnish", None)
@@ -107,7 +109,8 @@ class Trainer(OptimizingTrainer):
         """Forward and backward of one micro-batch through the backend; returns the detached loss, a scalar."""
         if self._step is None:
             self._step = self._build_step()
-        loss = self._step(model, inputs, num_items_in_batch)
+            self.room.forget = getattr(self.engine, "forget", self.room.forget)
+        loss = self.room.run(self._step, model, inputs, num_items_in_batch, self._loss_of(inputs))
         return self._logged.filtered(loss, self.args) if loss.is_cuda else loss
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **keywords: Any) -> Any:
@@ -170,9 +173,9 @@ class Trainer(OptimizingTrainer):
                 embeddings: Tensor = model(stream.model_inputs(batch))["sentence_embedding"]
                 return embeddings
 
-            loss: Any = self.loss[inputs["dataset_name"]] if isinstance(self.loss, dict) else self.loss
-            if (of_embeddings := loss_of(loss)) is not None:
-                budget = budget_of(loss, self.model.max_seq_length or BUDGET)
+            loss = self._loss_of(inputs)
+            if (of_embeddings := self.room.of_embeddings(loss)) is not None:
+                budget = self.room.limit(loss)
                 alone = getattr(model, "no_sync", nullcontext)
                 value = cached_step(embed, inputs, of_embeddings, budget, no_sync=alone, **self._chunks)
                 return (value, {}) if return_outputs else value
@@ -181,6 +184,9 @@ class Trainer(OptimizingTrainer):
             for place, column in enumerate(finished):
                 inputs |= {f"column{place}_{name}": value for name, value in column.items()}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss_of(self, inputs: Mapping[str, Any]) -> Any:
+        return self.loss[inputs["dataset_name"]] if isinstance(self.loss, dict) else self.loss
 
     def _maybe_log_save_evaluate(self, *args: Any, **keywords: Any) -> Any:
         self._logged.restore(self.args, logging=self.control.should_log)

@@ -1,0 +1,443 @@
+"""Steps that run out of memory: run again in smaller parts they leave an undisturbed run's weights; else advice."""
+
+from __future__ import annotations
+
+import gc
+import random
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset  # type: ignore[import-untyped]
+from sentence_transformers.sentence_transformer import losses
+from torch import Tensor, nn
+
+from burnish import FastSentenceTransformer, Trainer, TrainingArguments
+from burnish.core import out_of_memory, planning_live, stream
+from burnish.core.cached import BUDGET, cached_step, loss_of, ranking_of
+from burnish.core.errors import ConfigError, ModelError
+from burnish.core.out_of_memory import WHOLE, Before, OutOfMemory, Room, is_out_of_memory
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+PLACES = [f"{a} {b}" for a in ("old", "new", "far", "near", "red", "blue", "cold", "warm") for b in "abcdefgh"]
+SAID = "CUDA out of memory. Tried to allocate 20.00 MiB."
+
+
+@pytest.fixture(scope="module")
+def data() -> Any:
+    anchors = [f"what is in {place}?" for place in PLACES]
+    positives = [f"in {place} there is {'much ' * (n % 7)}room for number {n}" for n, place in enumerate(PLACES)]
+    return Dataset.from_dict({"anchor": anchors, "positive": positives})
+
+
+def loaded(folder: Path, **settings: Any) -> Any:
+    settings = {"full_finetuning": True, "config_kwargs": NO_DROPOUT, **settings}
+    return FastSentenceTransformer.from_pretrained(str(folder), device="cpu", **settings)
+
+
+class Injection:
+    """Raises an out-of-memory error in the forward or the backward of a module, at its calls of these numbers.
+
+    Calls are counted from 0 over the whole run, and `fired` says which raised.
+    """
+
+    def __init__(self, module: nn.Module, where: str, calls: Any) -> None:
+        self.where, self.calls, self.seen, self.fired = where, calls, 0, list[int]()
+        self.handle = module.register_forward_hook(self.hook)
+
+    def hook(self, module: nn.Module, args: Any, out: Any) -> Any:
+        if self.where == "forward":
+            self.count()
+            return None
+        fails: Any = _Failing.apply
+        return fails(out, self)
+
+    def count(self) -> None:
+        place, self.seen = self.seen, self.seen + 1
+        if place in self.calls:
+            self.fired.append(place)
+            raise torch.OutOfMemoryError(SAID)
+
+
+class _Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, injection: Injection) -> Tensor:
+        ctx.injection = injection
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.injection.count()
+        return grads[0], None
+
+
+def first_norm(model: Any) -> nn.Module:
+    """What every backward reaches late, when most gradients of the step have been added."""
+    found: nn.Module = model.transformers_model.embeddings.LayerNorm
+    return found
+
+
+Fit = Callable[..., tuple[Any, dict[str, Tensor]]]
+
+
+@pytest.fixture
+def fit(data: Any, tiny_bert_st: Path, tmp_path: Path) -> Fit:
+    """Train the tiny BERT; returns (trainer, the trained weights). `prepare` gets the model first."""
+
+    def fit(prepare: Callable[[Any], object] = lambda model: None, loss: Any = None, **settings: Any) -> Any:
+        model = settings.pop("model", None) or loaded(tiny_bert_st)
+        settings = {
+            "output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 8, "max_steps": 5, "optim": "sgd",
+            "learning_rate": 0.5, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+            "logging_steps": 1, "lr_scheduler_type": "constant", **settings,
+        }  # fmt: skip
+        made = (loss or losses.MultipleNegativesRankingLoss)(model)
+        trainer = Trainer(model=model, args=TrainingArguments(**settings), train_dataset=data, loss=made)
+        prepare(model)
+        trainer.train()
+        return trainer, {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    return fit
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Any = None) -> None:
+    """Equal but for the rounding of sums in another order, which is far below what training changed."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=2e-6, msg=name)
+    if start is not None:
+        moved = max(float((weight - start[name]).abs().max()) for name, weight in expected.items())
+        assert moved > 1e-2, "nothing was trained"
+
+
+def started(folder: Path) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in loaded(folder).named_parameters()}
+
+
+def losses_of(trainer: Any) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100])
+def test_a_batch_in_parts_trains_as_the_whole(fit: Fit, tiny_bert_st: Path, tokens: int) -> None:
+    whole, expected = fit()
+    embedded: list[int] = []
+    watch = lambda model: first_norm(model).register_forward_hook(lambda m, a, out: embedded.append(out.shape[1]))  # noqa: E731
+    cut, found = fit(watch, auto_batch=tokens)
+    assert len(embedded) >= 2 * 5 * 2 and max(embedded) <= max(tokens, 25), "batches were not cut"
+    assert cut.room.retried == 0 and cut.room.budget == tokens
+    assert_same(found, expected, started(tiny_bert_st))
+    assert losses_of(cut) == pytest.approx(losses_of(whole), rel=1e-4)
+
+
+def test_float64_gradients_of_a_batch_in_parts(tiny_bert_st: Path) -> None:
+    model = loaded(tiny_bert_st).double()
+    loss = losses.MultipleNegativesRankingLoss(model)
+    texts = [[f"text {n} of {column}" for n in range(6)] for column in "ab"]
+    columns = [[np.array(ids, np.int32) for ids in model.tokenizer(column)["input_ids"]] for column in texts]
+    batch, found = stream.flatten(columns), list[list[Tensor]]()
+    of_embeddings = ranking_of(loss)
+    assert of_embeddings is not None and loss_of(loss) is None
+    for budget in (WHOLE, 15):
+        model.zero_grad(set_to_none=True)
+        value = cached_step(
+            lambda one: model(stream.model_inputs(one))["sentence_embedding"], batch, of_embeddings, budget
+        )
+        torch.autograd.backward(value)
+        grads = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+        assert len(grads) > 30 and max(float(grad.abs().max()) for grad in grads) > 1e-4
+        found.append([value.detach(), *grads])
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_is_run_again(
+    fit: Fit, tiny_bert_st: Path, where: str, accumulation: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, expected = fit(gradient_accumulation_steps=accumulation, max_steps=6 // accumulation)
+    injections: list[Injection] = []
+    # Whole batches until call 3; then in parts, of which later ones fail too, in the midst of a step.
+    calls = {3, 3 + 3, 3 + 8, 3 + 15}
+    prepare = lambda model: injections.append(Injection(first_norm(model), where, calls))  # noqa: E731
+    trainer, found = fit(
+        prepare, auto_batch=True, gradient_accumulation_steps=accumulation, max_steps=6 // accumulation
+    )
+    (injection,) = injections
+    fired = len(injection.fired)
+    assert fired >= (3 if where == "forward" else 2), injection.fired
+    assert trainer.room.retried == fired and trainer.room.budget is not None
+    assert_same(found, expected, started(tiny_bert_st))
+    said = capsys.readouterr().err
+    assert said.count("out of memory: the step is run again") == fired
+    assert "auto_batch has nothing to plan with on cpu" in said
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_what_a_failed_step_had_added_matters(
+    fit: Fit, tiny_bert_st: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison above would see a gradient that is left, or one that is lost."""
+    _, expected = fit(gradient_accumulation_steps=2, max_steps=2)
+
+    def lose(before: Before) -> None:
+        for weight, _ in before._gradients if where == "forward" else []:
+            weight.grad = None
+
+    monkeypatch.setattr(Before, "restore", lose)
+    # The forward of the second micro-batch; or the last backward of a batch in parts, all others having been added.
+    calls, tokens = ({1}, WHOLE) if where == "forward" else ({4}, 40)
+    injections: list[Injection] = []
+    prepare = lambda model: injections.append(Injection(first_norm(model), where, calls))  # noqa: E731
+    _, found = fit(prepare, auto_batch=tokens, gradient_accumulation_steps=2, max_steps=2)
+    assert injections[0].fired
+    with pytest.raises(AssertionError):
+        assert_same(found, expected)
+
+
+def test_an_adapter_is_run_again_too(fit: Fit, tiny_bert_st: Path) -> None:
+    def adapted() -> Any:
+        return FastSentenceTransformer.get_peft_model(loaded(tiny_bert_st, full_finetuning=False), r=4)
+
+    _, expected = fit(model=adapted())
+    injections: list[Injection] = []
+    prepare = lambda model: injections.append(Injection(first_norm(model), "forward", {1, 4, 7}))  # noqa: E731
+    trainer, found = fit(prepare, model=adapted(), auto_batch=True)
+    assert trainer.room.retried == len(injections[0].fired) == 3
+    assert_same(found, expected)
+    lora = [name for name in expected if "lora_B" in name]
+    assert sum(float(found[name].abs().max()) > 1e-4 for name in lora) > 8
+
+
+def test_a_cached_loss_is_run_again(fit: Fit, tiny_bert_st: Path) -> None:
+    cached: Any = losses.CachedMultipleNegativesRankingLoss
+    _, expected = fit(loss=cached)
+    injections: list[Injection] = []
+    prepare = lambda model: injections.append(Injection(first_norm(model), "forward", {2}))  # noqa: E731
+    trainer, found = fit(prepare, loss=cached, auto_batch=True)
+    assert trainer.room.retried == len(injections[0].fired) == 1
+    assert_same(found, expected, started(tiny_bert_st))
+
+
+def test_memory_of_the_failed_step_is_gone(fit: Fit) -> None:
+    alive: list[Callable[[], object]] = []
+    dead: list[bool] = []
+
+    def prepare(model: Any) -> None:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            if len(alive) == 1:
+                dead.append(alive[0]() is None)
+            alive.append(weakref.ref(out))
+            if len(alive) == 1:
+                raise torch.OutOfMemoryError(SAID)
+
+        first_norm(model).register_forward_hook(hook)
+        gc.disable()
+
+    try:
+        trainer, _ = fit(prepare, auto_batch=True)
+    finally:
+        gc.enable()
+    assert trainer.room.retried == 1 and dead == [True]
+
+
+def test_the_backend_lets_go_of_its_memory(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, forgotten = Trainer._build_step, list[int]()
+
+    def forgetful(trainer: Any) -> Any:
+        step = build(trainer)
+        engine = trainer.engine = type("Engine", (), {"forget": lambda self: forgotten.append(1)})()
+        assert engine is not None
+        return step
+
+    monkeypatch.setattr(Trainer, "_build_step", forgetful)
+    trainer, _ = fit(lambda model: Injection(first_norm(model), "forward", {0, 3}), auto_batch=True)
+    assert trainer.room.retried == len(forgotten) == 2
+
+
+def test_one_text_that_does_not_fit_ends_the_run(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    injections: list[Injection] = []
+    prepare = lambda model: injections.append(Injection(first_norm(model), "forward", range(10**6)))  # noqa: E731
+    with pytest.raises(
+        OutOfMemory, match=r"training on cpu: out of memory with \d+ tokens in 16 texts of at most"
+    ) as caught:
+        fit(prepare, auto_batch=True)
+    assert isinstance(caught.value, (ModelError, torch.OutOfMemoryError)) and caught.value.exit_code == 4
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError) and str(caught.value.__cause__) == SAID
+    assert "in forwards of" in str(caught.value) and "auto_batch" not in str(caught.value)
+    assert "use_gradient_checkpointing=True" in str(caught.value) and "\n" not in str(caught.value)
+    said = [line for line in capsys.readouterr().err.splitlines() if "is run again" in line]
+    assert 2 <= len(said) == len(injections[0].fired) - 1 <= 8
+
+
+def test_advice_without_auto_batch(fit: Fit) -> None:
+    with pytest.raises(
+        OutOfMemory, match=r"Use TrainingArguments\(auto_batch=True\), use_gradient_checkpointing"
+    ) as caught:
+        fit(lambda model: Injection(first_norm(model), "forward", {2}))
+    assert str(caught.value.__cause__) == SAID
+
+
+def test_a_loss_that_cannot_be_cut(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    def matryoshka(model: Any) -> Any:
+        return losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), [16, 32])
+
+    with pytest.raises(OutOfMemory, match=r"Use per_device_train_batch_size=4, use_gradient") as caught:
+        fit(lambda model: Injection(first_norm(model), "forward", {3}), loss=matryoshka, auto_batch=True)
+    assert str(caught.value.__cause__) == SAID
+    assert "auto_batch has nothing to cut: MatryoshkaLoss takes its batches whole" in capsys.readouterr().err
+
+
+def test_padded_input_cannot_be_cut(fit: Fit, tiny_bert_st: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, _ = fit(model=loaded(tiny_bert_st, packed=False), auto_batch=True, max_steps=1)
+    assert trainer.room.retried == 0
+    assert "auto_batch has nothing to cut: the input is no stream" in capsys.readouterr().err
+    with pytest.raises(OutOfMemory, match="out of memory with a batch of 8 rows"):
+        fit(lambda model: Injection(first_norm(model), "forward", {0}), model=loaded(tiny_bert_st, packed=False))
+
+
+def test_other_errors_are_what_they_were(fit: Fit) -> None:
+    def broken(model: Any) -> None:
+        def hook(*_: Any) -> None:
+            raise RuntimeError("the size of tensor a must match")
+
+        first_norm(model).register_forward_hook(hook)
+
+    with pytest.raises(RuntimeError, match=r"^the size of tensor a must match$"):
+        fit(broken, auto_batch=True)
+
+
+def test_the_search_for_a_batch_size_still_sees_the_error(fit: Fit) -> None:
+    pytest.importorskip("accelerate")
+    injections: list[Injection] = []
+    trainer, _ = fit(
+        lambda model: injections.append(Injection(first_norm(model), "forward", {0})),
+        auto_find_batch_size=True, max_steps=2,
+    )  # fmt: skip
+    assert injections[0].fired == [0] and trainer.room.retried == 0
+    assert trainer._train_batch_size < 8
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError(SAID), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: an illegal memory access"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_which_errors_are_out_of_memory(error: Exception, is_one: bool) -> None:
+    assert is_out_of_memory(error) is is_one
+
+
+def test_random_numbers_and_gradients_come_back() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight.grad = torch.ones(2, 2)
+    mine = layer.weight.grad
+    before = Before(layer)
+    drawn = []
+    for _ in range(2):
+        drawn.append((random.random(), np.random.random(), torch.rand(1).item()))
+        mine += 5.0
+        layer.bias.grad = torch.ones(2)
+        before.restore()
+        assert layer.bias.grad is None and torch.equal(layer.weight.grad, torch.ones(2, 2))
+        mine = layer.weight.grad
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("given", [-1, 0, 1.5, "yes", None])
+def test_what_auto_batch_takes(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"auto_batch: .* is neither True, False nor a number of tokens"):
+        TrainingArguments(str(tmp_path), use_cpu=True, auto_batch=given)
+
+
+def test_what_auto_batch_contradicts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="auto_batch, auto_find_batch_size: both are set"):
+        TrainingArguments(str(tmp_path), use_cpu=True, auto_batch=True, auto_find_batch_size=True)
+    with pytest.raises(ConfigError, match="auto_batch, optimizer_in_backward"):
+        TrainingArguments(str(tmp_path), use_cpu=True, auto_batch=True, optimizer_in_backward=True, max_grad_norm=0)
+
+
+class Told:
+    """A loss with settings of a cached one."""
+
+    mini_batch_size = 4
+
+    def __init__(self, tokens: int | None) -> None:
+        self.mini_batch_num_tokens = tokens
+
+
+def test_a_losss_own_budget_and_the_plans(tiny_bert_st: Path, tmp_path: Path) -> None:
+    model = loaded(tiny_bert_st)
+    plain = losses.MultipleNegativesRankingLoss(model)
+    room = Room(model, TrainingArguments(str(tmp_path), use_cpu=True, auto_batch=True), print)
+    assert (room.limit(plain), room.limit(Told(None)), room.limit(Told(100))) == (WHOLE, 256, 100)
+    room.budget = 300
+    assert (room.limit(plain), room.limit(Told(None)), room.limit(Told(100))) == (300, 300, 100)
+    assert room.limit(Told(1000)) == 300
+
+
+def test_which_losses_may_be_cut(tiny_bert_st: Path) -> None:
+    model = loaded(tiny_bert_st)
+
+    class Own(losses.MultipleNegativesRankingLoss):
+        def compute_loss_from_embeddings(self, embeddings: Any, labels: Any) -> Any:
+            return super().compute_loss_from_embeddings(embeddings, labels) * 2
+
+    assert ranking_of(losses.MultipleNegativesRankingLoss(model)) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert ranking_of(losses.MultipleNegativesSymmetricRankingLoss(model)) is not None
+    for other in (Own(model), losses.CoSENTLoss(model), losses.CachedMultipleNegativesRankingLoss(model)):
+        assert ranking_of(other) is None
+    bound = losses.MultipleNegativesRankingLoss(model)
+    bound.compute_loss_from_embeddings = lambda embeddings, labels: embeddings[0].sum()  # type: ignore[method-assign]
+    assert ranking_of(bound) is None
+
+
+def test_the_plan_for_free_memory(tiny_bert_st: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(tiny_bert_st)
+
+    def tokens(free: float, model: Any = model, **settings: Any) -> int:
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, **settings)
+        return planning_live.token_budget(model, arguments, free)[0]
+
+    plain = tokens(2e9)
+    assert plain > 0 and plain % 64 == 0 and tokens(1e6) == 0
+    assert tokens(4e9) > plain > tokens(2e9, gradient_accumulation_steps=2) - 1
+    # The model is of float32 and nothing is autocast: twice the bytes of what was fitted.
+    monkeypatch.setattr(planning_live, "_trains_in", lambda model, dtype, every=False: False)
+    assert tokens(2e9) == pytest.approx(2 * plain, rel=0.1)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, optim="rmsprop")
+    assert "counted as adamw" in planning_live.token_budget(model, arguments, 2e9)[1][0]
+
+
+def test_the_plan_is_made_once_and_told(tiny_bert_st: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = loaded(tiny_bert_st), list[str]()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, auto_batch=True)
+    room = Room(model, arguments, said.append)
+    tokens = room._planned_tokens(2e9)
+    assert said == [f"auto_batch: 2.00 GB free on cpu: forwards of at most {tokens:,} tokens"]
+    assert room._planned_tokens(1e6) == 1 and "0.00 GB free on cpu are little for one text of 64 tokens" in said[-1]
+
+    def no_shapes(*_: Any, **__: Any) -> Any:
+        raise ModelError("it repeats no layer", where="a model")
+
+    monkeypatch.setattr(planning_live, "shapes_of", no_shapes)
+    assert room._planned_tokens(2e9) == BUDGET and "a model: it repeats no layer" in said[-1]
+
+
+def test_several_processes_do_not_wait_for_a_step_run_again(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out_of_memory, "_is_shared", lambda: True)
+    with pytest.raises(OutOfMemory):
+        fit(lambda model: Injection(first_norm(model), "forward", {0}), auto_batch=True)
