@@ -10,8 +10,9 @@ context and the kernels, and a try whose figure by the device is above the limit
 does not fit, the next L from the line through what the largest steps so far took, to within 5% (context_search.py).
 
 Each try is a trainer of its own on the same model, and one or two steps (one where a step takes over 20 s; Adam's state
-is made before the first, so that it is as large as any). Prints "TRY {…}" after each, then "RESULT {…}"; of a search
-that its limit of time ends, the longest so far is kept and `complete` is false.
+is made before the first, so that it is as large as any; the longest is then run again, three steps, if there is time: a
+captured graph is made in the second and replayed in the third). Prints "TRY {…}" after each, then "RESULT {…}"; of a
+search that its limit of time ends, the longest so far is kept and `complete` is false.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ class Bench:
         try:
             self._train(length, steps, times)
             fits = True
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # a compiler wraps what it met
+            if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                raise
             print(f"{length} tokens: {str(error).splitlines()[0][:200]}", file=sys.stderr, flush=True)
             fits = False
         peak = torch.cuda.max_memory_allocated() if cuda else None
@@ -285,8 +288,9 @@ def outcome(said: Sequence[str], where: Line, code: int) -> Line:
     if found["RESULT"]:
         line: Line = found["RESULT"][-1]
         return line
+    tries = list({one["length"]: Try(**one) for one in found["TRY"]}.values())  # of a length, the last
     reason = "its time was over" if code == -signal.SIGKILL else grid.reason("\n".join(said))
-    line = result((found["KNOWN"] or [where])[-1], [Try(**one) for one in found["TRY"]], False)
+    line = result((found["KNOWN"] or [where])[-1], tries, False)
     if line["longest_tokens"] is None:
         return {"device": "unknown", **line, "error": reason, "said": "\n".join(said)[-2500:]}
     return {**line, "ended": reason}

@@ -107,14 +107,27 @@ def search(bench: Any, start: int, longest: int, end: float) -> tuple[list[Try],
         end: On the monotonic clock.
     """
     tries: list[Try] = []
-    while (length := next_length(tries, start, longest)) is not None:
-        step = seconds_of(tries, length)
-        steps = 1 if step > SLOW else 2
-        if time.monotonic() + 1.2 * step * steps > end:
-            return tries, False
+
+    def attempt(length: int, steps: int) -> Try:
         tries.append(bench.attempt(length, steps))
         print("TRY " + json.dumps(asdict(tries[-1])), flush=True)
-    return tries, True
+        return tries[-1]
+
+    while True:
+        length = next_length(tries, start, longest)
+        step = seconds_of(tries, length or 0)
+        steps = 1 if step > SLOW else 2
+        if length is None:
+            best = max((one for one in tries if one.fits), key=lambda one: one.length, default=None)
+            if best is None or best.steps > 1 or time.monotonic() + 1.2 * 3 * (best.step_s or 0.0) > end:
+                return tries, True
+            tries.remove(best)
+            if attempt(best.length, 3).fits:
+                return tries, True
+        elif time.monotonic() + 1.2 * step * steps > end:
+            return tries, False
+        else:
+            attempt(length, steps)
 
 
 def result(known: Line, tries: Sequence[Try], complete: bool) -> Line:

@@ -74,7 +74,8 @@ def test_a_search_ends_with_its_time_and_long_steps_run_once(bench: dict[str, Mo
     search = bench["context_search"]
     model = Fitting(search, 100_000, step_s=1.0)
     tries, complete = search.search(model, 4096, 262_144, time.monotonic() + 10_000)
-    assert complete and model.asked[0] == (4096, 2) and model.asked[-1][1] == 1
+    assert complete and model.asked[0] == (4096, 2) and model.asked[-2][1] == 1
+    assert model.asked[-1] == (search.result({}, tries, complete)["longest_tokens"], 3)  # run again, and captured
     tries, complete = search.search(Fitting(search, 100_000, step_s=1.0), 4096, 262_144, time.monotonic() + 60)
     assert not complete and search.result({}, tries, complete)["longest_tokens"] == 16_384
     tries, complete = search.search(Fitting(search, 10), 4096, 262_144, time.monotonic() + 100)
