@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,19 @@ def test_a_run_stepped_in_the_backward_is_the_plain_run(fresh: Fit, fit: Fit, op
     assert len({row["learning_rate"] for row in logged}) > 3
     assert [row["grad_norm"] for row in logged] == pytest.approx([row["grad_norm"] for row in rows], rel=1e-5)
     assert len({group["weight_decay"] for group in found.optimizer.param_groups}) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("options", [{"backend": "compiled"}, {"use_gradient_checkpointing": True}], ids=str)
+def test_layers_that_are_compiled_or_computed_twice(
+    fresh: Fit, fit: Fit, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that changes inside the backward is read no more by then."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # C++ takes long to compile
+    theirs, ours = fresh(**options), fresh(**options)
+    fit(theirs, max_grad_norm=0.0)
+    made, _ = fit(ours, **FREE)
+    assert same(weights(ours), weights(theirs)) and len(made.optimizer.state) > 30
 
 
 def test_no_gradient_outlives_the_backward(fresh: Fit, fit: Fit) -> None:
