@@ -166,8 +166,38 @@ def _run_adamw(
     return [value.double() for value in results]
 
 
+def gather_rows(found: Any, expected: Any, dtype: torch.dtype, device: str, tolerance: float) -> str:
+    """Rows of floating, 8-bit and 4-bit tables, for even and odd numbers of rows, some of them asked for twice."""
+    worst = 0.0
+    cases = list(
+        itertools.product((1, 7, 129), (32, 96, 384), ("floating", "8bit", "4bit"), (torch.int32, torch.int64))
+    )
+    for count, width, kind, whole in cases:
+        table = [part.to(device) for part in _table(width, kind, dtype)]
+        ids = (torch.arange(count) * 7 % 50).to(device, whole)
+        ours, theirs = (operation(ids, *table, dtype=dtype) for operation in (found, expected))
+        assert ours.shape == (count, width) and ours.dtype == dtype, f"the rows are {tuple(ours.shape)} {ours.dtype}"
+        error = float((ours - theirs).abs().max()) / float(theirs.abs().max())
+        assert error <= tolerance, f"{count} rows of {width}, {kind}, are off by {error:.1e}"
+        worst = max(worst, error)
+    return f"{len(cases)} cases, {worst:.0e}"
+
+
+def _table(width: int, kind: str, dtype: torch.dtype) -> list[Tensor]:
+    """A table of 50 rows with what goes with it."""
+    draw = torch.Generator().manual_seed(width)
+    scales = torch.rand(50, -(-width // 64), generator=draw) + 0.1
+    if kind == "8bit":
+        return [torch.randint(-127, 128, (50, width), generator=draw, dtype=torch.int8), scales]
+    if kind == "4bit":
+        pairs = torch.randint(0, 256, (50, width // 2), generator=draw, dtype=torch.uint8)
+        return [pairs, scales, torch.randn(16, generator=draw)]
+    return [torch.randn(50, width, generator=draw).to(dtype)]
+
+
 OPERATIONS: dict[str, Callable[..., str]] = {
-    "packed_attention": packed_attention, "tiled_infonce": tiled_infonce, "rounded_adamw": rounded_adamw
+    "packed_attention": packed_attention, "tiled_infonce": tiled_infonce, "rounded_adamw": rounded_adamw,
+    "gather_rows": gather_rows,
 }  # fmt: skip
 
 

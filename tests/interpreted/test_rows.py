@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from burnish.core.testing.operations import OPERATIONS
 from burnish.kernels import rows_tiles
 from burnish.kernels.rows import gather_rows, triton_gather_rows
 
@@ -60,3 +61,15 @@ def test_what_is_no_row_s_number_is_nan_and_reads_nothing(kind: str) -> None:
 def test_no_rows() -> None:
     none = torch.empty(0, dtype=torch.int64)
     assert triton_gather_rows(none, *table("8bit", 32, torch.float32), dtype=torch.float32).shape == (0, 32)
+
+
+def test_it_passes_the_check_for_authors_and_another_order_of_halves_does_not() -> None:
+    told = OPERATIONS["gather_rows"](triton_gather_rows, gather_rows, torch.float32, "cpu", 0.0)
+    assert told == "54 cases, 0e+00"
+
+    def swapped(ids: Tensor, table: Tensor, *rest: Tensor, dtype: torch.dtype) -> Tensor:
+        halves = table << 4 | table >> 4 if table.dtype == torch.uint8 else table
+        return gather_rows(ids, halves, *rest, dtype=dtype)
+
+    with pytest.raises(AssertionError, match=r"1 rows of 32, 4bit, are off by"):
+        OPERATIONS["gather_rows"](swapped, gather_rows, torch.float32, "cpu", 0.0)

@@ -107,3 +107,31 @@ def test_the_registered_kernel_keeps_its_promises() -> None:
         stored = encode(weights(96), kind)
         arguments = (IDS, stored.data, stored.scales, stored.code, torch.bfloat16, BLOCK)
         torch.library.opcheck(module._gather, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kind, bits", [("*fp32", 0), ("*bf16", 0), ("*i8", 8), ("*u8", 4)])
+def test_the_kernel_compiles_for_gpus_that_are_not_here(
+    kind: str, bits: int, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Triton brings its own assembler. A GPU rounds to bfloat16, where the interpreter cuts off."""
+    triton: Any = pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+    from triton.compiler import ASTSource  # type: ignore[import-untyped]
+
+    from burnish.kernels.rows_tiles import gather_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that a later version will not
+    constants = {"WIDTH": 768, "BLOCK": BLOCK, "BITS": bits, "COLUMNS": 1024}
+    kinds = {"out": "*bf16", "ids": "*i64", "table": kind, "scales": "*fp32", "code": "*fp32", "height": "i32"}
+    absent = {"scales": None} if bits == 0 else {}
+    absent |= {"code": None} if bits != 4 else {}
+    fixed = {**constants, **absent}
+    kernel: Any = gather_kernel
+    signature = {name: "constexpr" if name in fixed else kinds[name] for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert len(found.asm["cubin"]) > 1000 and found.metadata.shared <= 4096
+    assert ("cvt.rn.bf16" in found.asm["ptx"]) == (kind != "*bf16")
