@@ -119,6 +119,7 @@ class RunConfig:
     device: Annotated[Text, Option(MACHINE, "cpu, cuda, cuda:1, mps; left out, the best there is")] = None
     backend: Annotated[str, Option(MACHINE, "How a step is executed: a backend's name, or auto")] = "auto"
     packed: Annotated[bool | None, Option(MACHINE, "Unpadded input; left out, wherever it is exact")] = None
+    auto_batch: Annotated[bool, Option(MACHINE, "Cut batches into forwards that fit; negatives stay")] = False
     plugins: Annotated[list[str] | None, Option(MACHINE, "Plugin to use by name, also in place of a built-in")] = None
     eval_batch_size: Annotated[int, Option(MACHINE, "Texts in a batch when encoding for the evaluation", 1)] = 64
 

@@ -193,6 +193,7 @@ def _arguments(config: RunConfig, model: SentenceTransformer, folder: Path, prom
         report_to="none",
         prompts=prompts or None,
         dataloader_pin_memory=kind == "cuda",
+        auto_batch=config.auto_batch,
     )
 
 

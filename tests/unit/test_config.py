@@ -64,6 +64,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "load_in_4bit": ("no", "true or false"),
     "load_in_8bit": (0, "true or false"),
     "embedding_storage": ("6bit", "one of 8bit, 4bit, host"),
+    "auto_batch": (512, "true or false"),
     "device": (0, "text"),
     "backend": (None, "text"),
     "packed": ("auto", "true or false"),
