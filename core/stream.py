@@ -111,6 +111,12 @@ def fit_octave(number: int) -> int:
     return max(64, 1 << (max(number, 1) - 1).bit_length())
 
 
+def fit_within(limit: int, number: int) -> int:
+    """Up to the next power of two, but not above the model's limit: texts that are all cut to it stay as they are,
+    where filling up would cost up to an eighth more."""
+    return max(number, min(limit, fit_octave(number)))
+
+
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What a SentenceTransformer takes as packed features, out of a batch with a stream."""
     bounds, longest = batch[BOUNDS], batch[LONGEST]

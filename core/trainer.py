@@ -152,7 +152,9 @@ class Trainer(OptimizingTrainer):
             limit = model.max_seq_length
             steady = limit is not None and limit <= LONG
             found.collator.fit = stream.fit_eighths
-            found.collator.fit_longest = partial(max, -(-limit // 64) * 64) if steady else stream.fit_octave
+            found.collator.fit_longest = stream.fit_octave if limit is None else partial(stream.fit_within, limit)
+            if steady:
+                found.collator.fit_longest = partial(max, -(-limit // 64) * 64)
         self._chunks = {name: getattr(found.collator, name) for name in ("filler", "fit", "fit_longest")}
         return found.loader(loader)
 

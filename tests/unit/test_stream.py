@@ -62,6 +62,15 @@ def test_texts_as_long_as_the_bound_are_not_filled_up() -> None:
         assert len(batch[stream.BOUNDS]) > 5 and batch[stream.LONGEST] == 128
 
 
+def test_texts_cut_to_a_long_limit_are_not_filled_up() -> None:
+    texts, within = [column(5056, 5056), column(5056, 5056)], partial(stream.fit_within, 5056)
+    batch = stream.flatten(texts, fit=stream.fit_eighths, fit_longest=within)
+    assert batch[stream.IDS].shape == (1, 4 * 5056) and batch[stream.LONGEST] == 5056
+    octaves = stream.flatten(texts, fit=stream.fit_eighths, fit_longest=stream.fit_octave)
+    assert octaves[stream.IDS].shape[1] > 4 * 5056, "what is to be saved was not there"
+    assert [within(number) for number in (1, 300, 4096, 4097, 5056, 6000)] == [64, 512, 4096, 5056, 5056, 6000]
+
+
 def test_shapes_are_few() -> None:
     shapes = {stream.fit_eighths(number) for number in range(1, 65_537)}
     assert len(shapes) <= 8 * 10 and max(stream.fit_eighths(n) / n for n in range(1024, 65_537)) <= 1.126
