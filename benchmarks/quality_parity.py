@@ -2,6 +2,7 @@
 
     python benchmarks/quality_parity.py                        three seeds, both arms, one process each, one at a time
     python benchmarks/quality_parity.py --check                the same, and exit code 1 if Burnish is worse than noise
+    python benchmarks/quality_parity.py --qlora                Burnish against itself: base in 4 bits against float32
     python benchmarks/quality_parity.py --seeds 1 --max-steps 3     whether it works at all; nothing is written
 
 Both arms train all-MiniLM-L6-v2 with LoRA (r=16, alpha 32, on every linear layer but the pooler, which nothing reads)
@@ -9,7 +10,9 @@ for one epoch over `core/quickstart_data`: batches of 32 pairs, at most 96 token
 float32 on the CPU, config's own dropout. Data order and the adapter's first weights follow from the seed and are the
 same in both. Both are measured by Sentence Transformers' InformationRetrievalEvaluator on the test queries.
 
-Arms: `sentence-transformers`, stock model, trainer and PEFT; `burnish`, FastSentenceTransformer and burnish.Trainer.
+Arms: `sentence-transformers`, stock model, trainer and PEFT; `burnish`, FastSentenceTransformer and burnish.Trainer;
+`burnish-qlora4`, the same with `load_in_4bit=True`: NF4 with double quantisation under float32 arithmetic, since 16-bit
+arithmetic on a CPU is many times slower. What the two of `--qlora` differ in is the storage of the frozen weights.
 """
 
 from __future__ import annotations
@@ -28,9 +31,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-ARMS = ("sentence-transformers", "burnish")
+Arms = tuple[str, str]  # what is compared with, what is compared
+ARMS: Arms = ("sentence-transformers", "burnish")
+QLORA_ARMS: Arms = ("burnish", "burnish-qlora4")
+STORAGE: dict[str, dict[str, bool]] = {"burnish": {}, "burnish-qlora4": {"load_in_4bit": True}}
+SHORT = {"sentence-transformers": "ST", "burnish": "burnish", "burnish-qlora4": "qlora4"}
 METRICS = ("ndcg@10", "recall@10", "mrr@10")
 RESULTS = Path(__file__).parent / "results" / "quality-parity-cpu.jsonl"
+QLORA_RESULTS = RESULTS.with_name("quality-parity-qlora4-cpu.jsonl")
 FIRST_SEED, LENGTH, BATCH, RATE, RANK, ALPHA = 42, 96, 32, 1e-3, 16, 32
 TARGETS, DEAD = ["query", "key", "value", "dense"], ["pooler.dense"]
 
@@ -53,11 +61,12 @@ def stock_model(weights: str, seed: int) -> Any:
     return model
 
 
-def burnish_model(weights: str, seed: int) -> Any:
+def burnish_model(arm: str, weights: str, seed: int) -> Any:
     """The same through Burnish, by its defaults: packed input, the family's targets."""
     from burnish import FastSentenceTransformer
 
-    model = FastSentenceTransformer.from_pretrained(weights, max_seq_length=LENGTH, device="cpu")
+    storage: Any = STORAGE[arm]
+    model = FastSentenceTransformer.from_pretrained(weights, max_seq_length=LENGTH, device="cpu", **storage)
     return FastSentenceTransformer.get_peft_model(model, r=RANK, lora_alpha=ALPHA, random_state=seed)
 
 
@@ -81,7 +90,7 @@ def train(arm: str, model: Any, seed: int, max_steps: int) -> Line:
             self.ends.append(time.perf_counter())
 
     pairs, clock = training_pairs(DATA), Clock()
-    trainer_class = burnish.Trainer if arm == "burnish" else SentenceTransformerTrainer
+    trainer_class = burnish.Trainer if arm in STORAGE else SentenceTransformerTrainer
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             folder,
@@ -150,10 +159,11 @@ def run_arm(arm: str, seed: int, max_steps: int, *, before: bool) -> Line:
 
     weights = find_weights(lambda: False)
     start = peak_mebibytes()
-    model = (burnish_model if arm == "burnish" else stock_model)(weights.model, seed)
+    model = burnish_model(arm, weights.model, seed) if arm in STORAGE else stock_model(weights.model, seed)
     line: Line = {
         "benchmark": "quality-parity",
         "arm": arm,
+        "mode": "qlora4" if STORAGE.get(arm) else "lora32",
         "seed": seed,
         "max_steps": max_steps if max_steps > 0 else None,
         "trained_parameters": sum(one.numel() for one in model.parameters() if one.requires_grad),
@@ -199,7 +209,7 @@ def commit() -> str:
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
-def run_all(seeds: list[int], max_steps: int, output: Path | None) -> list[Line]:
+def run_all(seeds: list[int], max_steps: int, output: Path | None, arms: Arms = ARMS) -> list[Line]:
     """Every arm and seed, each in a process of its own, one after another; the arms take turns to go first."""
     lines = []
     stamp = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
@@ -208,7 +218,7 @@ def run_all(seeds: list[int], max_steps: int, output: Path | None) -> list[Line]
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text("", encoding="utf-8")
     for place, seed in enumerate(seeds):
-        for arm in ARMS if place % 2 == 0 else ARMS[::-1]:
+        for arm in arms if place % 2 == 0 else arms[::-1]:
             command = [sys.executable, __file__, "--arm", arm, "--seed", str(seed), "--max-steps", str(max_steps)]
             command += ["--before"] if place == 0 else []
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -247,22 +257,23 @@ def cells(arm: str, seed: str, values: list[float | None], sign: str = "") -> st
     return f"{arm:22}{seed:>6}" + "".join(f"{text:>{width}}" for text, width in zip(shown, WIDTHS, strict=True))
 
 
-def table(lines: list[Line]) -> str:
-    """All measurements, the arms' means, and Burnish minus Sentence Transformers, paired by seed."""
+def table(lines: list[Line], arms: Arms = ARMS) -> str:
+    """All measurements, the arms' means, and the second arm minus the first, paired by seed."""
     header = f"{'arm':22}{'seed':>6}" + "".join(
         f"{text:>{width}}" for text, width in zip(HEADINGS, WIDTHS, strict=True)
     )
-    rows = [header, *(row(line) for line in sorted(lines, key=lambda line: (ARMS.index(line["arm"]), line["seed"])))]
-    for arm in ARMS:
+    rows = [header, *(row(line) for line in sorted(lines, key=lambda line: (arms.index(line["arm"]), line["seed"])))]
+    for arm in arms:
         rows.append(cells(arm, "mean", [mean(lines, arm, name) for name in COLUMNS]))
+    label = f"{SHORT[arms[1]]} − {SHORT[arms[0]]}"
     for seed in sorted({line["seed"] for line in lines}):
-        rows.append(cells("burnish − ST", str(seed), [difference(lines, seed, name) for name in COLUMNS], "+"))
-    gaps = [mean(lines, "burnish", name) - mean(lines, ARMS[0], name) for name in METRICS]
-    faster = mean(lines, "burnish", "pairs_per_second") / mean(lines, ARMS[0], "pairs_per_second")
+        rows.append(cells(label, str(seed), [difference(lines, seed, name, arms) for name in COLUMNS], "+"))
+    gaps = [mean(lines, arms[1], name) - mean(lines, arms[0], name) for name in METRICS]
+    faster = mean(lines, arms[1], "pairs_per_second") / mean(lines, arms[0], "pairs_per_second")
     rows.append(
         "mean paired difference: "
         + ", ".join(f"{name} {gap:+.4f}" for name, gap in zip(METRICS, gaps, strict=True))
-        + f"; seed spread of ST's nDCG@10: {spread(lines):.4f}; pairs/s ×{faster:.2f}"
+        + f"; seed spread of {SHORT[arms[0]]}'s nDCG@10: {spread(lines, arms):.4f}; pairs/s ×{faster:.2f}"
     )
     return "\n".join(rows)
 
@@ -277,25 +288,25 @@ def mean(lines: list[Line], arm: str, name: str) -> float:
     return fmean(value if value is not None else float("nan") for value in values)
 
 
-def difference(lines: list[Line], seed: int, name: str) -> float | None:
-    ours, theirs = (figure(of(lines, arm)[seed], name) for arm in reversed(ARMS))
+def difference(lines: list[Line], seed: int, name: str, arms: Arms = ARMS) -> float | None:
+    ours, theirs = (figure(of(lines, arm)[seed], name) for arm in reversed(arms))
     return None if ours is None or theirs is None else ours - theirs
 
 
-def spread(lines: list[Line]) -> float:
-    """How far apart the seeds put Sentence Transformers' own nDCG@10: highest minus lowest."""
-    scores = [line["after"]["ndcg@10"] for line in of(lines, ARMS[0]).values()]
+def spread(lines: list[Line], arms: Arms = ARMS) -> float:
+    """How far apart the seeds put the first arm's own nDCG@10: highest minus lowest."""
+    scores = [line["after"]["ndcg@10"] for line in of(lines, arms[0]).values()]
     return float(max(scores) - min(scores))
 
 
-def verdict(lines: list[Line]) -> str | None:
+def verdict(lines: list[Line], arms: Arms = ARMS) -> str | None:
     """Why the check fails, or None."""
     trained = {line["trained_parameters"] for line in lines}
     if len(trained) > 1:
         return f"the arms do not train the same weights: {sorted(trained)} parameters"
-    gap = mean(lines, "burnish", "ndcg@10") - mean(lines, ARMS[0], "ndcg@10")
-    if gap < -spread(lines):
-        return f"Burnish's mean nDCG@10 is {-gap:.4f} lower, more than the {spread(lines):.4f} between seeds"
+    gap, seeds = mean(lines, arms[1], "ndcg@10") - mean(lines, arms[0], "ndcg@10"), spread(lines, arms)
+    if gap < -seeds:
+        return f"the mean nDCG@10 of {arms[1]} is {-gap:.4f} lower, more than the {seeds:.4f} between seeds"
     return None
 
 
@@ -304,8 +315,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, counted up from 42")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop each training early; then nothing is written")
     parser.add_argument("--check", action="store_true", help="exit code 1 if Burnish is worse by more than the seeds")
+    parser.add_argument("--qlora", action="store_true", help="compare a base in 4 bits with one in float32")
     parser.add_argument("--output", type=Path, help=f"where the JSON lines go (default {RESULTS.name})")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=(*ARMS, *QLORA_ARMS[1:]), help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--before", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -314,10 +326,11 @@ def main() -> int:
         return 0
     if options.check and options.seeds < 3:
         parser.error("--check needs at least three seeds: with fewer there is no spread to compare with")
-    output = options.output or (None if options.max_steps > 0 else RESULTS)
-    lines = run_all([FIRST_SEED + place for place in range(options.seeds)], options.max_steps, output)
-    print(f"\n{table(lines)}")
-    fault = verdict(lines) if options.check else None
+    arms, results = (QLORA_ARMS, QLORA_RESULTS) if options.qlora else (ARMS, RESULTS)
+    output = options.output or (None if options.max_steps > 0 else results)
+    lines = run_all([FIRST_SEED + place for place in range(options.seeds)], options.max_steps, output, arms)
+    print(f"\n{table(lines, arms)}")
+    fault = verdict(lines, arms) if options.check else None
     if fault:
         print(f"check failed: {fault}", file=sys.stderr)
     return 1 if fault else 0
