@@ -261,6 +261,16 @@ def test_the_backend_lets_go_of_its_memory(fit: Fit, monkeypatch: pytest.MonkeyP
     assert trainer.room.retried == len(forgotten) == 2
 
 
+def test_the_fused_backend_forgets_all_that_it_keeps() -> None:
+    from burnish.backends.fused import FusedStep
+
+    step: Any = FusedStep.__new__(FusedStep)
+    step._graphs, step._warmed, step._refused, step._gradients = ({"a shape": 1} for _ in range(4))
+    step._pool = "a pool"
+    step.forget()
+    assert [step._graphs, step._warmed, step._refused, step._gradients, step._pool] == [{}, {}, {}, {}, None]
+
+
 def test_one_text_that_does_not_fit_ends_the_run(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     injections: list[Injection] = []
     prepare = lambda model: injections.append(Injection(first_norm(model), "forward", range(10**6)))  # noqa: E731
