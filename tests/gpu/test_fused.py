@@ -41,12 +41,17 @@ class Streams:
         return draw.integers(5, 200, int(draw.integers(1, self.longest)), dtype=np.int32)
 
 
-def model_of(folder: Path, model_type: str, backend: str, mode: str, dropout: float, dtype: str = "float32") -> Any:
+def model_of(
+    folder: Path, model_type: str, backend: str, mode: str, dropout: float, dtype: str = "float32", **more: Any
+) -> Any:
     subject = Subject(config=sample_config(model_type), folder=folder / model_type, tolerance=1e-5)
-    options: dict[str, Any] = {"dtype": dtype, "backend": backend, "full_finetuning": mode == "full"}
+    options: dict[str, Any] = {"dtype": dtype, "backend": backend, "full_finetuning": mode == "full", **more}
+    if mode == "qlora4":
+        pytest.importorskip("bitsandbytes")
+        options["load_in_4bit"] = True
     model = FastSentenceTransformer.from_pretrained(str(subject.repository), **options)
     assert model.burnish is not None and model.burnish.decision.backend.spec.name == backend
-    if mode == "lora":
+    if mode != "full":
         FastSentenceTransformer.get_peft_model(model, r=4, lora_alpha=8)
     dropouts = [module for module in model.modules() if type(module) is torch.nn.Dropout]
     assert not any(module.p for module in dropouts) and (dropouts or not dropout), "a subject has no dropout of its own"
@@ -71,7 +76,7 @@ def train(model: Any, folder: Path, loss: Any = None, **settings: Any) -> tuple[
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", "full", "qlora4"])
 @pytest.mark.parametrize("model_type", model_types())
 def test_replayed_steps_are_the_reference_s(model_type: str, mode: str, tmp_path: Path) -> None:
     ours = model_of(tmp_path, model_type, "fused", mode, 0.0)
@@ -113,6 +118,68 @@ def test_accumulated_micro_batches_add_up(steps: int, tmp_path: Path) -> None:
     expected, _ = train(theirs, tmp_path, gradient_accumulation_steps=steps)
     assert trainer.engine.counts["replayed"] >= 10
     np.testing.assert_allclose(losses, expected, rtol=2e-4)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "again": {"use_gradient_checkpointing": True},
+    "selective": {"use_gradient_checkpointing": "selective"},
+    "offload": {"use_gradient_checkpointing": "offload"},
+    "budget": {"activation_budget_gb": 1e-4},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("mode", ["lora", "full", "qlora4"])
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "qwen3", "gemma3_text"])
+def test_layers_computed_again_give_the_same_gradients(model_type: str, mode: str, option: str, tmp_path: Path) -> None:
+    ours = model_of(tmp_path, model_type, "fused", mode, 0.0, **OPTIONS[option])
+    theirs = model_of(tmp_path, model_type, "reference", mode, 0.0)
+    losses, trainer = train(ours, tmp_path)
+    expected, _ = train(theirs, tmp_path)
+    engine, regions = trainer.engine, trainer.engine.regions
+    assert regions.own_checkpoints is True, "no layer was computed again"
+    if option == "offload":
+        assert engine.counts["replayed"] == 0 and regions.offload.bytes_moved > 0
+    else:
+        assert engine.counts["replayed"] >= 12, engine.counts
+    np.testing.assert_allclose(losses, expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("option", ["again", "selective", "offload"])
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_a_layer_computed_again_drops_the_same_again(model_type: str, option: str, tmp_path: Path) -> None:
+    """The gradient along itself against the loss's change, at one seed: another mask the second time would show."""
+    model = model_of(tmp_path, model_type, "fused", "full", 0.3, **OPTIONS[option])
+    _, trainer = train(model, tmp_path, max_steps=1)
+    engine = trainer.engine
+    engine._never = "to be called with one seed"
+    batch = Streams(model, few_shapes=True)([{"row": row} for row in range(8)])
+    batch = {name: value.cuda() if torch.is_tensor(value) else value for name, value in batch.items()}
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def loss() -> float:
+        torch.manual_seed(3)
+        for weight in weights:
+            weight.grad = None
+        return float(engine(trainer.model, batch, None))
+
+    loss()
+    assert engine.regions.own_checkpoints is True
+    grads = [None if weight.grad is None else weight.grad.clone() for weight in weights]
+    length = sum(float(grad.norm() ** 2) for grad in grads if grad is not None) ** 0.5
+    assert length > 0
+    sides = []
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            for weight, grad in zip(weights, grads, strict=True):
+                if grad is not None:
+                    weight.add_(grad, alpha=sign * 2e-3 / length)
+        sides.append(loss())
+        with torch.no_grad():
+            for weight, grad in zip(weights, grads, strict=True):
+                if grad is not None:
+                    weight.add_(grad, alpha=-sign * 2e-3 / length)
+    assert (sides[0] - sides[1]) / 4e-3 == pytest.approx(length, rel=0.03)
 
 
 class Waits(MultipleNegativesRankingLoss):
