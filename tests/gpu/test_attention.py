@@ -37,7 +37,7 @@ def inputs(lengths: tuple[int, ...], heads: int, groups: int, size: int) -> list
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [RAGGED, (64,), (1,), (32, 32, 32), (128, 128, 128)], ids=str)
-@pytest.mark.parametrize("heads, groups, size", [(12, 12, 32), (8, 2, 64), (3, 1, 256)])
+@pytest.mark.parametrize("heads, groups, size", [(12, 12, 32), (8, 2, 64), (16, 8, 128), (3, 1, 256)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"scale": 0.2}, {"causal": True}, {"window": 1}, {"window": 16}, {"causal": True, "window": 16}],
@@ -93,8 +93,9 @@ def test_texts_of_one_length_go_through_cudnn_a_view_of_a_joint_product_too(
         exact = packed_attention(query, key, value, bounds, 128)
         assert float((out.detach().double() - exact).abs().max()) < 0.02
     run(flash_packed_attention, inputs((128, 64), 4, 4, 64), torch.bfloat16, (128, 64))
+    assert taken == [128], "ragged texts go another way"
     run(flash_packed_attention, inputs(lengths, 8, 2, 64), torch.bfloat16, lengths)
-    assert taken == [128], "ragged texts and grouped heads go another way"
+    assert taken == [128, 128], "grouped heads are taken as they are"
 
 
 def test_float32_goes_the_plain_way_exactly() -> None:
