@@ -16,6 +16,11 @@ FLAGS = ("optimizer_in_backward", "stochastic_rounding", "sparse_embeddings")
 TORCH = ("adamw_torch", "adamw_torch_fused")
 # bitsandbytes' AdamW by transformers' names. It steps each weight for itself, so it can in a backward.
 BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+# The others that transformers takes from there.
+BITSANDBYTES_OTHERS = (
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "lion_32bit", "lion_8bit",
+    "paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+)  # fmt: skip
 
 
 def wants(arguments: Any, flag: str) -> bool:
@@ -36,12 +41,17 @@ def check_arguments(arguments: Any) -> None:
             _check_flag(arguments, flag)
     if wants(arguments, "optimizer_in_backward"):
         _check_in_backward(arguments)
-    if is_bitsandbytes(arguments.optim):
+    if is_bitsandbytes(arguments):
         check_bitsandbytes(_name(arguments), arguments.device)
 
 
 def _name(arguments: Any) -> str:
     return str(getattr(arguments.optim, "value", arguments.optim))
+
+
+def is_bitsandbytes(arguments: Any) -> bool:
+    """Whether transformers takes the optimizer that the arguments name from bitsandbytes."""
+    return _name(arguments) in BITSANDBYTES + BITSANDBYTES_OTHERS
 
 
 def _check_flag(arguments: Any, flag: str) -> None:
@@ -53,6 +63,9 @@ def _check_flag(arguments: Any, flag: str) -> None:
     if arguments.fp16:
         what = "cannot be combined with fp16=True, whose gradients are scaled until the optimizer's step"
         raise ConfigError(what, where=flag, fix="Pass bf16=True in place of fp16=True")
+    other = next((name for name in ("deepspeed", "fsdp") if getattr(arguments, name, None)), None)
+    if other:
+        raise ConfigError(f"is not for {other}, which steps weights itself", where=flag, fix=f"Leave {other} out")
     several = arguments.world_size > 1 or arguments.n_gpu > 1
     if several and flag != "stochastic_rounding":
         what = f"works in one process with one device, not {max(arguments.world_size, arguments.n_gpu)}"
@@ -68,13 +81,6 @@ def _check_in_backward(arguments: Any) -> None:
     if arguments.max_grad_norm > 0:
         what = f"cannot clip to max_grad_norm={arguments.max_grad_norm}: the norm of all gradients is known only when"
         raise ConfigError(f"{what} all weights have been stepped", where=where, fix="Pass max_grad_norm=0")
-
-
-def is_bitsandbytes(optim: Any) -> bool:
-    """Whether transformers takes an optimizer of this name from bitsandbytes."""
-    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, _get_bitsandbytes_optimizer
-
-    return _OPTIMIZER_HANDLERS.get(optim) is _get_bitsandbytes_optimizer
 
 
 def check_bitsandbytes(name: str, device: torch.device) -> None:

@@ -42,7 +42,7 @@ class OptimizingTrainer(StockTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As transformers', and what is to be different in training for as long as `train` runs."""
         fresh = self.optimizer is None
-        theirs = is_bitsandbytes(self.args.optim)
+        theirs = is_bitsandbytes(self.args)
         before = _overrides() if theirs and fresh else 0
         optimizer: Any = super().create_optimizer(model)
         bare = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it

@@ -162,7 +162,15 @@ def dtype(choice: str) -> dict[str, Any]:
     return {"dtype": "bfloat16"} if CHOICES[choice].get("stochastic_rounding") else {}
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.fixture(params=CHOICES)
+def choice(request: pytest.FixtureRequest) -> str:
+    """A choice by name, those of 8 bits where bitsandbytes has them for a CPU."""
+    name: str = request.param
+    if "8 bits" in name:
+        request.getfixturevalue("eight_bits")
+    return name
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(fresh: Fit, fit: Fit, tmp_path: Path, choice: str) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, **CHOICES[choice]}
     whole, again = fresh(**dtype(choice)), fresh(**dtype(choice))
@@ -178,7 +186,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(fresh: Fit, fit: Fit, tmp_pat
             assert torch.equal(torch.as_tensor(mine[name][key]), torch.as_tensor(value)), (name, key)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+def test_a_second_run_of_a_trainer_goes_on(fresh: Fit, fit: Fit, choice: str) -> None:
+    """With the state it has, and nothing doubled: a weight's step count is the steps of both runs."""
+    settings: dict[str, Any] = {**CHOICES[choice], "lr_scheduler_type": "constant", "warmup_steps": 0}
+    model = fresh(**dtype(choice))
+    made, _ = fit(model, **settings)
+    before = weights(model)
+    made.train()
+    assert not same(weights(model), before)
+    assert {int(state["step"]) for state in states(made).values()} == {2 * STEPS}
+
+
 def test_a_saved_model_is_the_same_as_ever(fresh: Fit, fit: Fit, tmp_path: Path, choice: str) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -270,6 +288,27 @@ def test_scaled_gradients_are_refused(tmp_path: Path, flag: str) -> None:
     setattr(arguments, flag, True)
     with pytest.raises(ConfigError, match=rf"^{flag}: cannot be combined with fp16=True"):
         optimizer_checks.check_arguments(arguments)
+
+
+@pytest.mark.parametrize("flag", optimizer_checks.FLAGS)
+def test_engines_that_step_for_themselves_are_refused(tmp_path: Path, flag: str) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    arguments.deepspeed = "zero.json"
+    setattr(arguments, flag, True)
+    with pytest.raises(ConfigError, match=rf"^{flag}: is not for deepspeed"):
+        optimizer_checks.check_arguments(arguments)
+
+
+def test_bitsandbytes_optimizers_are_known() -> None:
+    """Those that this version of transformers takes from bitsandbytes."""
+    module = pytest.importorskip("transformers.trainer_optimizer")
+    theirs = {
+        str(name) for name, make in module._OPTIMIZER_HANDLERS.items() if make is module._get_bitsandbytes_optimizer
+    }
+    assert {str(getattr(name, "value", name)).rpartition(".")[2] for name in theirs} <= set(
+        optimizer_checks.BITSANDBYTES + optimizer_checks.BITSANDBYTES_OTHERS
+    )
+    assert "adamw_8bit" in optimizer_checks.BITSANDBYTES and len(theirs) > 10
 
 
 @pytest.mark.parametrize("flag", optimizer_checks.FLAGS)
