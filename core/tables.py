@@ -47,8 +47,8 @@ def stored_tables(transformer: nn.Module) -> dict[str, StoredTable]:
 def store_tables(transformer: PreTrainedModel, decision: Decision, folder: Path | None = None) -> str:
     """Store a model's large embedding tables as its options ask for; a second call finds nothing left to do.
 
-    Before the model goes to its device, a table is encoded where it was read, and never lies there in full. What
-    bitsandbytes loads is on the device already: there the dense table is freed here.
+    A model that is not on its device yet has its tables encoded there part by part, and they never lie there in full.
+    What bitsandbytes loads is on the device already: there the dense table is freed here.
 
     Args:
         transformer: The model.
@@ -68,6 +68,7 @@ def store_tables(transformer: PreTrainedModel, decision: Decision, folder: Path 
         return "host (this device is a CPU: they are there already, nothing changes)"
     assert decision.tables is not None
     operation = decision.tables.load()
+    at = decision.device if decision.machine.device == "cuda" else None
     tables = large_tables(transformer)
     if not tables:
         what = f"this model has no embedding table of {SMALLEST:,} weights or more"
@@ -80,9 +81,11 @@ def store_tables(transformer: PreTrainedModel, decision: Decision, folder: Path 
     for name, table in dense.items():
         key = id(table.weight)
         if key not in made:
-            made[key] = encode(table.weight, kind, folder)
+            made[key] = encode(table.weight, kind, folder, at)
         _swap(name, table, made[key], operation)
     if dense:
+        if transformer.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the dense tables held
         model: Any = transformer
         model.resize_token_embeddings = partial(_refuse_resize, kind)
     return _describe(transformer, kind)

@@ -58,7 +58,7 @@ def decision(kind: Any, device: str = "cuda") -> Any:
     """What `loading.decide` would say; "cuda" since on a CPU a table on the host is left alone."""
     chosen = SimpleNamespace(load=lambda: gather_rows)
     options = SimpleNamespace(embedding_storage=kind)
-    return SimpleNamespace(options=options, machine=SimpleNamespace(device=device), tables=chosen)
+    return SimpleNamespace(options=options, machine=SimpleNamespace(device=device), device="cpu", tables=chosen)
 
 
 def store(model: Any, kind: Any, folder: Path | None = None) -> str:
