@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() and not own.cpu else "cpu"
     about = {**measuring.machine(device), "versions": measuring.versions(), "burnish": measuring.commit()}
     tokenizer = shapes.default_tokenizer()
+    run = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     words = workload.words(AutoTokenizer.from_pretrained(tokenizer))[:1000]
     with tempfile.TemporaryDirectory(prefix="burnish-saved-") as folder:
         for model in own.models.split(","):
@@ -155,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     )  # fmt: skip
                     if device == "cpu" and (option == "offload" or (option and not _countable(given))):
                         continue
-                    line: dict[str, Any] = {"bench": "saved", "system": system, "model": model, "checkpointing": option}
+                    line: dict[str, Any] = {"bench": "saved", "run": run, "system": system, "model": model}
+                    line["checkpointing"] = option
                     try:
                         line |= measured(given, option, Path(folder))
                     except Exception as error:  # the others are measured all the same

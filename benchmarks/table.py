@@ -3,6 +3,7 @@
 python benchmarks/table.py [RESULTS.jsonl …]     without files: those in benchmarks/results
 python benchmarks/table.py --part memory         GB against the limits of goals.toml
 python benchmarks/table.py --part context        the longest text in so many GB (context.py)
+python benchmarks/table.py --part kept           what a layer keeps (memory_saved.py)
 """
 
 from __future__ import annotations
@@ -235,6 +236,19 @@ def context_rows(lines: Sequence[Line], ours: str = "burnish") -> list[tuple[str
     return found
 
 
+KEPT_HEADINGS = ("Model", "Device", "System", "Plain", "Selective", "Every layer computed again", "Offload")
+
+
+def kept_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """A row for each model, device and system (memory_saved.py): bytes for each token, hidden unit and layer."""
+    found: dict[tuple[str, ...], dict[Any, str]] = {}
+    for line in lines:
+        row = found.setdefault((line["model"], line["device"], line["system"]), {})
+        row[line["checkpointing"]] = "no result" if line.get("bytes") is None else f"{line['bytes']:.1f}"
+    options = (False, "selective", True, "offload")
+    return [(*names, *(row.get(option, "") for option in options)) for names, row in found.items()]
+
+
 def committed(*kinds: str) -> list[Path]:
     """Results that are in the repository, the older first: those whose names begin so."""
     return sorted(path for kind in kinds for path in (HERE / "results").glob(f"{kind}-*.jsonl"))
@@ -244,6 +258,8 @@ def results_table(part: str = "goals", results: Sequence[Path] = ()) -> str:
     """A table of results, by default of the committed ones, as docs/benchmarks.md shows it."""
     if part == "context":
         return markdown(context_rows(read(results or committed("context"))), CONTEXT_HEADINGS)
+    if part == "kept":
+        return markdown(kept_rows(read(results or committed("saved"))), KEPT_HEADINGS)
     if part == "memory":
         return markdown(limit_rows(read(results or committed("grid", "memory")), limits()), LIMIT_HEADINGS)
     return markdown(rows(read(results or committed("grid", "cpu", "memory")), goals()))
@@ -253,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
-    parser.add_argument("--part", default="goals", choices=("goals", "memory", "context"))
+    parser.add_argument("--part", default="goals", choices=("goals", "memory", "context", "kept"))
     given = parser.parse_args(arguments)
     print(results_table(given.part, given.results))
 

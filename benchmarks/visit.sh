@@ -3,15 +3,16 @@
 #
 #   OUT=results WHEELS='peers wheels' benchmarks/visit.sh --budget 400 'st-fa2,burnish ModernBERT-base full 512 32 fixed'
 #
-# Its arguments are those of grid.py, but for --out. Set by the environment:
+# Its arguments are those of grid.py, but for --out; without any there is no grid. Set by the environment:
 #   OUT        where logs and lines are left (needed)
 #   WHEELS     folders of wheels to unpack, such as peers.py fills
 #   PREPARE    a command to run once all is unpacked, where the visit was begun, with SITE the folder of packages
 #   TESTS      the tests that must pass first, "" for none (default: tests/gpu); TEST_SECONDS ends them (default: 200);
 #              PYTEST_ADDOPTS is pytest's own, as in "-n 6"
+#   THEN       a command to run after the grid, where it ran, with OUT: other benchmarks, for example
 #   KEEP_GOING set to anything, timing goes on after tests that failed
 #   PYTHON     the machine's Python, with torch, transformers and Sentence Transformers (default: python3)
-# Exit codes: 1 if tests fail, else grid.py's own.
+# Exit codes: 1 if tests fail, else grid.py's own, else that of THEN.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 start=$PWD
@@ -51,5 +52,11 @@ if [[ -n ${TESTS-tests/gpu} ]]; then
     fi
 fi
 status=0
-"$python" benchmarks/grid.py --out "$OUT/grid.jsonl" "$@" 2>&1 | tee "$OUT/grid.log" || status=$?
+if [[ $# -gt 0 ]]; then
+    "$python" benchmarks/grid.py --out "$OUT/grid.jsonl" "$@" 2>&1 | tee "$OUT/grid.log" || status=$?
+fi
+if [[ -n ${THEN:-} ]]; then
+    export OUT
+    bash -c "$THEN" 2>&1 | tee "$OUT/then.log" || status=$((status ? status : $?))
+fi
 exit "$status"

@@ -243,6 +243,11 @@ def memory() -> str:
     return benchmarks("memory")
 
 
+def kept() -> str:
+    """What a layer keeps by the committed results."""
+    return benchmarks("kept")
+
+
 def context() -> str:
     """The longest texts that fit by the committed results."""
     return benchmarks("context")
@@ -369,7 +374,7 @@ PARTS: dict[str, Callable[[], str]] = {
     part.__name__: part
     for part in (
         options, hooks, values, types, operations, claims, checks, families, commands, versions, benchmarks, memory,
-        context,
+        context, kept,
     )
 }  # fmt: skip
 

@@ -113,6 +113,9 @@ def test_what_a_layer_keeps_is_what_a_layer_and_a_token_add(bench: dict[str, Mod
     kept = {(layers, tokens): layers * tokens * hidden * each + layers * whole + tokens * 12 + fixed
             for layers in (2, 3) for tokens in (100, 300)}  # fmt: skip
     assert saved.bytes_kept(kept, hidden) == each
+    where = {"model": "bge-m3", "device": "cpu", "system": "burnish"}
+    lines = [{**where, "checkpointing": False, "bytes": 30.04}, {**where, "checkpointing": "offload"}]
+    assert bench["table"].kept_rows(lines) == [("bge-m3", "cpu", "burnish", "30.0", "", "", "no result")]
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
     found: list[int] = []
     states = torch.randn(5, 8, requires_grad=True)
