@@ -2,7 +2,7 @@
 
     python benchmarks/fit_memory.py
 
-    --write      writes them into core/planning_fitted.py
+    --write      writes them into core/planning_fitted.py, and what came out into docs/memory.md
     --lines F …  other files than results/grid-*.jsonl
 
 The four factors are fitted by least squares of relative errors, none below zero, on lines without checkpointing and
@@ -17,7 +17,8 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +48,8 @@ FACTORS = ("KEPT", "OUTSIDE", "PRODUCTS", "WORKSPACE")
 PLAIN = {"activation_budget_gb": None, "optim": None}
 """Settings that the plan does not model: lines that have others are not taken."""
 WAYS: dict[str, Checkpointing] = {"SELECTIVE": "selective", "CHECKPOINT": True, "OFFLOAD": "offload"}
+BEGIN, END = "<!-- fitted -->", "<!-- end: fitted -->"
+PAGE = HERE.parent / "docs" / "memory.md"
 SEED = 42
 """Of the trainer's order, transformers' own."""
 
@@ -171,7 +174,7 @@ def fit_checkpoints(lines: Sequence[Recorded]) -> dict[str, float]:
     return found
 
 
-def use(factors: dict[str, float]) -> None:
+def use(factors: Mapping[str, object]) -> None:
     """Have the plan predict with these factors, in this process."""
     for name, value in factors.items():
         setattr(fitted, name, value)
@@ -187,6 +190,40 @@ def held_out(lines: Sequence[Recorded], without: int) -> list[list[float]]:
         found.append([abs(one.error) for one in plain if one.line["model"] in out])
     use(kept)
     return found
+
+
+def report(lines: Sequence[Recorded]) -> str:
+    """What docs/memory.md says of the fit that is in use: the factors, each model's errors, and models left out."""
+    parts = ["| Factor | Value |", "| --- | ---: |"]
+    for name in (*FACTORS, *WAYS):
+        assumed = " (assumed: no line has it)" if name in fitted.ASSUMED else ""
+        parts.append(f"| `{name}`{assumed} | {getattr(fitted, name):g} |")
+    parts += ["", "| Model | Lines | Measured peaks, GiB | Off, at least and at most |", "| --- | ---: | ---: | ---: |"]
+    for model in dict.fromkeys(one.line["model"] for one in sorted(lines, key=lambda one: one.shapes.weights)):
+        own = [one for one in lines if one.line["model"] == model]
+        peaks, errors = [one.peak / memory.GIB for one in own], [one.error for one in own]
+        parts.append(
+            f"| {model} | {len(own)} | {min(peaks):.2f} to {max(peaks):.2f} | {min(errors):+.1%}, {max(errors):+.1%} |"
+        )
+    models = len({one.line["model"] for one in lines if not one.setup.checkpointing})
+    parts += ["", f"Fitted {fitted.FITTED}."]
+    for without in (1, models // 2):
+        choices = held_out(lines, without)
+        worst, every = sorted(map(max, choices)), list(itertools.chain(*choices))
+        said = (
+            f"With {without} of {models} models left out of the fit and predicted, for every choice of them, a line is "
+            f"off by {np.mean(every):.1%} on average; the worst line by {worst[len(worst) // 2]:.1%} in the median "
+            f"choice and by {worst[-1]:.1%} in the worst."
+        )
+        parts += ["", *textwrap.wrap(said, 120)]
+    return "\n".join(parts)
+
+
+def publish(page: Path, said: str) -> None:
+    """Put the report between the page's marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n\n{said}\n\n{END}{after}", encoding="utf-8")
 
 
 def write(path: Path, values: dict[str, Any]) -> None:
@@ -220,20 +257,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for one in sorted(lines, key=lambda one: -abs(one.error)):
         print(f"{one.error:+7.1%}  {one.peak / memory.GIB:7.2f} GiB  {one.name}")
     print({**rounded, "lines": len(lines), "rms": round(float(np.sqrt(np.mean(np.square(errors)))), 4)})
-    models = len({one.line["model"] for one in lines if not one.setup.checkpointing})
-    for without in (1, models // 2):
-        worst = sorted(max(half) for half in held_out(lines, without))
-        mean = np.mean(list(itertools.chain(*held_out(lines, without))))
-        print(f"{without} of {models} models left out: {mean:.1%} on average; the largest error {worst[0]:.1%} to "
-              f"{worst[-1]:.1%}, median {worst[len(worst) // 2]:.1%}")  # fmt: skip
     if given.write:
-        alone = max(max(half) for half in held_out(lines, 1))
+        models = len({one.line["model"] for one in lines})
         made = {
             **rounded, "ASSUMED": tuple(name for name in WAYS if name not in factors),
             "FITTED": f"{datetime.now(UTC):%Y-%m-%d}, {len(lines)} lines, {models} models",
-            "WORST": round(max(map(abs, errors)), 3), "HELD_OUT": round(alone, 3),
+            "WORST": round(max(map(abs, errors)), 3), "HELD_OUT": round(max(map(max, held_out(lines, 1))), 3),
         }  # fmt: skip
         write(Path(str(fitted.__file__)), made)
+        use(made)
+        publish(PAGE, report(lines))
+    print(report(lines))
 
 
 if __name__ == "__main__":

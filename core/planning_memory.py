@@ -163,13 +163,13 @@ def parts_of(shapes: Shapes, setup: Setup, tokens: int, pairs: int = 0) -> Parts
     trained, own = trained_weights(shapes, setup)
     wide = HALF if setup.half else 4
     kept, outside, products, workspace = coefficients(shapes, setup, tokens)
-    states = optimizer_bytes(setup.optimizer) * (0.5 if setup.half else 1)
     activations, read = kept * fitted.KEPT + checkpoints(shapes, setup, tokens), products * fitted.PRODUCTS
     again = shapes.widest * HALF * tokens * fitted.KEPT if keeps_of(setup.checkpointing).again else 0.0
     table = shapes.tables * wide if setup.method == "full" else 0
     return Parts(
-        weights=_weights(shapes, setup), adapter=own * 4, gradients=trained * wide, optimizer=trained * states,
-        products=read, activations=activations, outside=outside * fitted.OUTSIDE + again,
+        weights=_weights(shapes, setup), adapter=own * 4, gradients=trained * wide,
+        optimizer=_states(shapes, setup, trained), products=read, activations=activations,
+        outside=outside * fitted.OUTSIDE + again,
         table_gradient=max(0.0, table - activations - read), loss=_loss(pairs), workspace=workspace * fitted.WORKSPACE,
     )  # fmt: skip
 
@@ -201,6 +201,13 @@ def trained_weights(shapes: Shapes, setup: Setup) -> tuple[int, int]:
         return shapes.weights + shapes.after, 0
     adapter = setup.rank * shapes.adapted
     return adapter + (shapes.after if setup.trains_after else 0), adapter
+
+
+def _states(shapes: Shapes, setup: Setup, trained: int) -> float:
+    """The optimizer's states. bitsandbytes' 8 bits leave out embedding tables, as transformers asks it to."""
+    each = optimizer_bytes(setup.optimizer)
+    tables = shapes.tables if setup.method == "full" and "8bit" in setup.optimizer else 0
+    return ((trained - tables) * each + tables * OPTIMIZER["adamw"]) * (0.5 if setup.half else 1)
 
 
 def _weights(shapes: Shapes, setup: Setup) -> float:

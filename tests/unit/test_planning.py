@@ -88,6 +88,16 @@ def test_a_model_that_the_fit_has_not_seen_is_predicted(bench: ModuleType, recor
     assert halves[len(halves) // 2] < 0.11  # the median over all halves; docs/memory.md names the worst
 
 
+def test_the_page_says_what_was_fitted(bench: ModuleType, recorded: list[Any], tmp_path: Path) -> None:
+    page = tmp_path / "memory.md"
+    page.write_text(bench.PAGE.read_text())
+    bench.publish(page, bench.report(recorded))
+    assert page.read_text() == bench.PAGE.read_text(), "run benchmarks/fit_memory.py --write"
+    bench.publish(page, "nothing")
+    assert page.read_text() != bench.PAGE.read_text()
+    assert "\n\nnothing\n\n<!-- end: fitted -->\n" in page.read_text()
+
+
 def test_a_wrong_factor_is_found(bench: ModuleType, recorded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitted, "KEPT", fitted.KEPT * 1.3)
     assert sum(abs(one.error) > BOUND for one in recorded) > len(recorded) / 2
@@ -195,6 +205,8 @@ def test_what_each_way_of_training_holds(sizes: Shapes) -> None:
     assert (full.weights, full.adapter, full.gradients, full.optimizer) == (
         4 * sizes.weights, 0, 4 * sizes.weights, 8 * sizes.weights,
     )  # fmt: skip
+    eight = parts_of(sizes, Setup(method="full", optimizer="adamw_8bit"), 1000)
+    assert eight.optimizer == pytest.approx(2.03 * (sizes.weights - sizes.tables) + 8 * sizes.tables)
     half = parts_of(sizes, Setup(method="full", half=True), 1000)
     assert half.weights + half.gradients + half.optimizer == 8 * sizes.weights and half.products == 0
     four = parts_of(sizes, Setup(storage="4bit"), 1000)
