@@ -72,7 +72,8 @@ class Regions:
             stack.enter_context(light_dropouts(self.layers))
             stack.enter_context(_settings())
             layers: list[Any] = self.layers
-            if self.own_checkpoints is not False:
+            # transformers' selective contexts do not see into compiled code.
+            if self.own_checkpoints is not False or self.activations.option == "selective":
                 stack.enter_context(_no_checkpoints(layers))
             for place, layer in enumerate(layers):
                 layer._compiled_call_impl = partial(self._run, place, layer)
@@ -108,10 +109,10 @@ class Regions:
         if self.own_checkpoints is None:
             self.own_checkpoints = not _draws(layer, states, args, kwargs)
             if not self.own_checkpoints:
-                self.activations.say(
-                    f"{type(layer).__name__} draws random numbers of its own, so that it is left to transformers' "
-                    "checkpointing: no CUDA graph, all or nothing of a layer"
-                )
+                instead = "its activations are kept: pass use_gradient_checkpointing=True for less memory"
+                if self.activations.option != "selective":
+                    instead = "it is left to transformers' checkpointing: no CUDA graph, all or nothing of a layer"
+                self.activations.say(f"{type(layer).__name__} draws random numbers of its own, so that {instead}")
         return kind if self.own_checkpoints else "kept"
 
     def _variant(self, share: float) -> Callable[..., Any]:

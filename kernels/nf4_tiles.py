@@ -15,35 +15,56 @@ from torch import Tensor
 jit: Callable[[Any], Any] = triton.jit
 
 # Rows, columns and warps of a tile; the ranks that are multiplied at a time.
-ROWS, COLUMNS, WARPS, RANKS = 32, 128, 4, 32
+ROWS, COLUMNS, WARPS, RANKS = 32, 256, 8, 32
+
+
+@jit
+def scale_of(scales, coarse_table, coarse, offset, block, mask, NESTED: tl.constexpr, COARSE: tl.constexpr):
+    """The scale of each block."""
+    if NESTED:
+        fine = tl.load(scales + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(coarse_table + fine) * tl.load(coarse + block // COARSE, mask=mask, other=0.0)
+        return scale + tl.load(offset)
+    else:
+        return tl.load(scales + block, mask=mask, other=0.0)
 
 
 @jit
 def write_kernel(
     out, data, scales, table, coarse_table, coarse, offset, up, down, factor, rows, columns, stride,
-    EIGHT: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr, COARSE: tl.constexpr, RANK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    EIGHT: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, COARSE: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of W + s B A: W's numbers are a table's at 4 bits times their block's scale, or 8 bits times a row's."""
+    """One tile of W + s B A: W's numbers are a table's at 4 bits times their block's scale, or 8 bits times a row's.
+
+    Where every row is WHOLE blocks, a byte is read once and a scale once for its block; else both once a number.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within, beside = row < rows, column < columns
     inside = within[:, None] & beside[None, :]
-    place = row[:, None] * columns + column[None, :]
     if EIGHT:
         scale = tl.load(scales + row, mask=within, other=0.0)
-        weight = tl.load(data + place, mask=inside, other=0).to(tl.float32) * scale[:, None] * 0.007874015748031496
+        bits = tl.load(data + row[:, None] * columns + column[None, :], mask=inside, other=0)
+        weight = bits.to(tl.float32) * scale[:, None] * 0.007874015748031496
+    elif WHOLE:
+        pairs: tl.constexpr = COLUMNS // 2
+        groups: tl.constexpr = COLUMNS // BLOCK
+        pair = tl.program_id(1) * pairs + tl.arange(0, pairs)
+        mask = within[:, None] & (pair < columns // 2)[None, :]
+        byte = tl.load(data + row[:, None] * (columns // 2) + pair[None, :], mask=mask, other=0).to(tl.int32)
+        group = tl.program_id(1) * groups + tl.arange(0, groups)
+        known = within[:, None] & (group < columns // BLOCK)[None, :]
+        block = row[:, None] * (columns // BLOCK) + group[None, :]
+        scale = scale_of(scales, coarse_table, coarse, offset, block, known, NESTED, COARSE)
+        scale = tl.broadcast_to(scale[:, :, None], (ROWS, groups, BLOCK // 2)).reshape(ROWS, pairs)
+        # The first of two numbers has the upper bits.
+        weight = tl.interleave(tl.load(table + (byte >> 4)) * scale, tl.load(table + (byte & 15)) * scale)
     else:
-        pair = tl.load(data + place // 2, mask=inside, other=0).to(tl.int32)
-        half = tl.where(place % 2 == 0, pair >> 4, pair & 15)  # the first of two numbers has the upper bits
-        block = place // BLOCK
-        if NESTED:
-            fine = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
-            scale = tl.load(coarse_table + fine) * tl.load(coarse + block // COARSE, mask=inside, other=0.0)
-            scale += tl.load(offset)
-        else:
-            scale = tl.load(scales + block, mask=inside, other=0.0)
-        weight = tl.load(table + half) * scale
+        place = row[:, None] * columns + column[None, :]
+        byte = tl.load(data + place // 2, mask=inside, other=0).to(tl.int32)
+        scale = scale_of(scales, coarse_table, coarse, offset, place // BLOCK, inside, NESTED, COARSE)
+        weight = tl.load(table + tl.where(place % 2 == 0, byte >> 4, byte & 15)) * scale
     for first in tl.static_range(0, RANK, RANKS):
         rank = first + tl.arange(0, RANKS)
         left = tl.load(
@@ -58,14 +79,14 @@ def write_kernel(
 
 def write(out: Tensor, stored: Any, down: Tensor | None, up: Tensor | None, factor: float) -> None:
     """Write W + s B A into `out`, (O, I) with numbers of a row side by side; the arguments are `nf4.write`'s."""
-    rows, columns = stored.rows, stored.columns
+    rows, columns, block = stored.rows, stored.columns, stored.block
     rank = 0 if down is None else down.shape[0]
     any_pointer = stored.scales  # not read where there is no update
     # Products and sums are not contracted: a scale is rounded between the two, as in bitsandbytes' two kernels.
     write_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))](
         out, stored.data, stored.scales, stored.table, stored.coarse_table, stored.coarse, stored.offset,
         any_pointer if up is None else up.contiguous(), any_pointer if down is None else down.contiguous(),
-        factor, rows, columns, out.stride(0), EIGHT=stored.eight, NESTED=stored.nested, BLOCK=stored.block,
-        COARSE=stored.coarse_block, RANK=rank, ROWS=ROWS, COLUMNS=COLUMNS, RANKS=RANKS, num_warps=WARPS,
-        enable_fp_fusion=False,
+        factor, rows, columns, out.stride(0), EIGHT=stored.eight, NESTED=stored.nested,
+        WHOLE=columns % block == 0 and COLUMNS % block == 0, BLOCK=block, COARSE=stored.coarse_block, RANK=rank,
+        ROWS=ROWS, COLUMNS=COLUMNS, RANKS=RANKS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

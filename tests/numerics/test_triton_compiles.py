@@ -97,15 +97,17 @@ def test_rounded_adamw_compiles(dtype: torch.dtype, capability: int, aligned: bo
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("eight, rank", [(False, 32), (True, 8), (False, 0)])
-def test_weights_out_of_few_bits_compile_and_fit(eight: bool, rank: int, capability: int) -> None:
+@pytest.mark.parametrize(
+    "eight, whole, rank", [(False, True, 32), (False, False, 40), (True, True, 8), (False, True, 0)]
+)
+def test_weights_out_of_few_bits_compile_and_fit(eight: bool, whole: bool, rank: int, capability: int) -> None:
     from burnish.kernels import nf4_tiles as tiles
 
     floats = ("table", "coarse_table", "coarse", "offset", "up", "down")
     kinds = {name: "*fp32" for name in floats} | {"out": "*bf16", "factor": "fp32"}
     kinds |= {"data": "*i8", "scales": "*fp32"} if eight else {"data": "*u8", "scales": "*u8"}
     constants = {
-        "EIGHT": eight, "NESTED": not eight, "BLOCK": 64, "COARSE": 256, "RANK": rank, "ROWS": tiles.ROWS,
-        "COLUMNS": tiles.COLUMNS, "RANKS": tiles.RANKS,
+        "EIGHT": eight, "NESTED": not eight, "WHOLE": whole, "BLOCK": 64, "COARSE": 256, "RANK": rank,
+        "ROWS": tiles.ROWS, "COLUMNS": tiles.COLUMNS, "RANKS": tiles.RANKS,
     }  # fmt: skip
     fits(compiled(tiles.write_kernel, kinds, constants, capability, tiles.WARPS, 3))
