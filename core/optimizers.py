@@ -144,6 +144,8 @@ class AdamW(torch.optim.AdamW):
         """The rows of a table that a coalesced sparse `gradient` names; nothing of the table's size is made."""
         state = self._state_of(group, weight)
         rows, values = gradient.indices()[0], gradient.values()
+        if not len(rows):
+            return
         stored = (weight, state["exp_avg"], state["exp_avg_sq"])
         taken = [tensor.index_select(0, rows) for tensor in stored]
         if self._rounds(weight):

@@ -114,6 +114,8 @@ def rounded_adamw(
     for (kind, moment, aligned), entries in groups.items():
         device = weights[0].device
         owners, firsts = _blocks(tuple(entry[4] for entry in entries), device)
+        if not len(owners):
+            continue
         for entry, first in zip(entries, firsts, strict=True):
             entry[5] = first
         table = torch.tensor(entries, dtype=torch.int64)

@@ -41,6 +41,17 @@ def test_addresses_that_are_not_aligned() -> None:
         assert (ours != theirs).float().mean() <= 0.005
 
 
+def test_weights_without_numbers() -> None:
+    none, some = torch.zeros(0, 3).bfloat16(), torch.ones(3).bfloat16()
+    numbers: dict[str, Any] = {"step": 1, "rate": 0.5, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "decay": 0.0}
+    for weights in ([none], [none, some]):
+        parts = [[torch.zeros_like(weight) for weight in weights] for _ in range(2)]
+        adamw_tiles.rounded_adamw(
+            weights, [weight + 1 for weight in weights], parts[0], parts[1], [1, 2][: len(weights)], **numbers
+        )
+    assert torch.equal(some, torch.full((3,), 0.5).bfloat16())
+
+
 def test_infinities_and_nan() -> None:
     values = torch.tensor([float("inf"), float("nan"), 1.0, -float("inf")]).bfloat16()
     zeros = [torch.zeros_like(values) for _ in range(3)]

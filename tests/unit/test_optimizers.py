@@ -262,6 +262,11 @@ def test_rounded_weights_go_as_far_as_float32_ones(fresh: Fit, fit: Fit) -> None
     assert not torch.equal(rounded, moved(stochastic_rounding=True, seed=1))
 
 
+def test_loading_in_bfloat16_names_the_way_out(fresh: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fresh(dtype="bfloat16")
+    assert "small updates round away unless TrainingArguments has stochastic_rounding=True" in capsys.readouterr().err
+
+
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "no bool": ({"sparse_embeddings": "yes"}, "^sparse_embeddings: 'yes' is neither"),
     "accumulation": ({**FREE, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2.*Pass gradient_acc"),
