@@ -201,6 +201,7 @@ class Trainer(OptimizingTrainer):
             return super().train(*args, **keywords)
         finally:
             self._logged.restore(self.args, logging=True)
+            self.room.forget()  # graphs of a run that is over: gigabytes, for as long as something holds the trainer
             for one in undo:
                 one()
 
