@@ -13,12 +13,15 @@ from torch import nn
 
 from .contracts import Family, LoraTargets
 from .errors import ConfigError, ModelError
-from .quantised import layers
+from .quantised import has_short_rows, layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .model import SentenceTransformer
+
+
+_SHORT_ROWS = "on a CPU, PEFT reads 4-bit layers wrong whose inputs are no multiple of 64, and this model has some"
 
 
 def add_lora(
@@ -196,6 +199,8 @@ def _check_quantised(transformer: PreTrainedModel, settings: dict[str, Any]) -> 
     if start in ("loftq", "orthogonal") or start.startswith("pissa"):
         fix = 'Pass True, False, "gaussian" or "olora"'
         raise ConfigError(f"{start!r} does not start from quantised weights", where="init_lora_weights", fix=fix)
+    if start == "olora" and any(has_short_rows(layer) for layer in found.values()):
+        raise ConfigError(_SHORT_ROWS, where="init_lora_weights", fix='Pass True, False or "gaussian"')
     saved = settings.get("modules_to_save") or ()
     for name in saved:
         inside = [full for full in found if _named(full, (name,)) or f".{name}." in f".{full}."]
@@ -210,7 +215,7 @@ def check_over_quantised(transformer: PreTrainedModel, *, bias: str, dora: bool)
 
     * A quantised layer casts its bias to the dtype it computes in, in place, at every forward.
     * On a CPU, DoRA's forward (`peft.utils.integrations.dequantize_module_weight`) puts a new weight into an 8-bit
-      layer, which then lacks its scales.
+      layer, which then lacks its scales, and reads some 4-bit layers as bitsandbytes does (`short_rows`).
 
     Raises:
         ConfigError: If it is such a one.
@@ -220,6 +225,8 @@ def check_over_quantised(transformer: PreTrainedModel, *, bias: str, dora: bool)
     if found and bias != "none" and (halves := dtypes & {torch.float16, torch.bfloat16}):
         what = f"bitsandbytes casts the biases of quantised layers to {halves.pop()}, where small updates are lost"
         raise ConfigError(what, where=f"bias={bias!r}", fix='Pass bias="none", or load with dtype="float32"')
+    if dora and any(has_short_rows(layer) for layer in found):
+        raise ConfigError(_SHORT_ROWS, where="use_dora", fix="Use plain LoRA")
     if dora and transformer.device.type == "cpu" and getattr(transformer, "is_loaded_in_8bit", False):
         raise ConfigError("PEFT breaks 8-bit layers on a CPU", where="use_dora", fix="Use load_in_4bit, or plain LoRA")
 

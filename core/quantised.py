@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -153,6 +152,12 @@ def _kind_of(parameter: Any) -> Storage | None:
     return "4bit" if name == "Params4bit" else "8bit" if name == "Int8Params" else None
 
 
+def has_short_rows(layer: Any) -> bool:
+    """Whether bitsandbytes reads this layer wrong on a CPU (`short_rows`)."""
+    state = getattr(layer.weight, "quant_state", None)
+    return state is not None and layer.weight.device.type == "cpu" and bool(state.shape[-1] % state.blocksize)
+
+
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The quantised layers of a model, by full name."""
     return ((name, module) for name, module in model.named_modules() if is_quantised(module))
@@ -164,6 +169,7 @@ def settle(transformer: PreTrainedModel, precision: PrecisionChoice, *, fresh: b
     * 4-bit layers compute in the chosen dtype, forward and backward, whatever a pre-quantised checkpoint names.
     * What such a checkpoint holds beside them is brought to the chosen dtype: transformers casts its biases, and leaves
       every tensor called "weight" as it was saved.
+    * Layers that bitsandbytes reads wrong on a CPU are read right (`short_rows`).
     * bitsandbytes' own inference path on CPUs with AVX512-BF16 stays off. In evaluation mode it repacks the weights for
       good: from then on results are rounded to bfloat16, no gradient passes the layer, and saving loses bits.
 
@@ -182,6 +188,8 @@ def settle(transformer: PreTrainedModel, precision: PrecisionChoice, *, fresh: b
             raise ModelError(what, where="load_in_4bit, load_in_8bit", fix="Load it without")
         return []
     hush()
+    from .short_rows import ShortRows
+
     compute: torch.dtype = precision.compute or precision.dtype or transformer.dtype
     own = precision.storage is not None and precision.quantization_config is None
     for parameter in transformer.parameters() if fresh and own else ():
@@ -192,6 +200,8 @@ def settle(transformer: PreTrainedModel, precision: PrecisionChoice, *, fresh: b
             layer.compute_dtype, layer.compute_type_is_set = compute, True
             layer.weight.quant_state.dtype = compute
             layer.support_avx512bf16_for_cpu = False
+            if has_short_rows(layer):
+                layer.__class__ = ShortRows
     return [_described(transformer, found, compute)]
 
 
@@ -233,12 +243,9 @@ def dequantised(layer: Any) -> Tensor:
     check_intact(layer)
     weight = layer.weight
     if _kind(layer) == "4bit":
-        from bitsandbytes.functional import dequantize_4bit
+        from .short_rows import read
 
-        state = copy.copy(weight.quant_state)
-        state.dtype = torch.float32
-        dense: Tensor = dequantize_4bit(weight.data, state)
-        return dense
+        return read(weight, torch.float32)
     if weight.dtype != torch.int8:  # llm_int8_has_fp16_weight: 8 bits are made anew in each forward
         return torch.Tensor.float(weight.detach())
     scale = layer.state.SCB if layer.state.SCB is not None else weight.SCB
