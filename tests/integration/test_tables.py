@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor
 
 from burnish import FastSentenceTransformer, Trainer, TrainingArguments
+from burnish.core import loading
 from burnish.core.config import RunConfig
 from burnish.core.errors import ConfigError
 from burnish.core.machine import describe
@@ -277,6 +278,20 @@ def test_on_a_cpu_the_host_changes_nothing(folder: Callable[[str], Path], load: 
         "embeddings   host (this device is a CPU: they are there already, nothing changes)" in capsys.readouterr().err
     )
     assert not stored_tables(ours.transformers_model)
+
+
+def test_without_an_operation_it_is_refused(
+    folder: Callable[[str], Path], load: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(plugins: Any, machine: Any, operation: str) -> Any:
+        return None if operation == "gather_rows" else choose_kernel(plugins, machine, operation)
+
+    monkeypatch.setattr(loading, "choose_kernel", choose)
+    load(folder("bert"))
+    with pytest.raises(
+        ConfigError, match=r"^embedding_storage: no enabled plugin has the operation gather_rows for cpu"
+    ):
+        load(folder("bert"), embedding_storage="8bit")
 
 
 def test_without_patches_it_is_stock(folder: Callable[[str], Path], load: Make) -> None:
