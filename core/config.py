@@ -88,8 +88,8 @@ class RunConfig:
     trust_remote_code: Annotated[bool, Option(MODEL, "Let the model repository's own Python run")] = False
     max_seq_length: Annotated[Count, Option(MODEL, "Longest text in tokens; left out, the model's own", 1)] = None
     dtype: Annotated[DType | None, Option(MODEL, "Dtype of the weights; left out, the family's policy")] = None
-    load_in_4bit: Annotated[bool, Option(MODEL, "Store the frozen base in 4 bits (CUDA)")] = False
-    load_in_8bit: Annotated[bool, Option(MODEL, "Store the frozen base in 8 bits (CUDA)")] = False
+    load_in_4bit: Annotated[bool, Option(MODEL, "Store the frozen base in 4 bits: NF4")] = False
+    load_in_8bit: Annotated[bool, Option(MODEL, "Store the frozen base in 8 bits: LLM.int8()")] = False
     embedding_storage: Annotated[
         EmbeddingStorage | None,
         Option(MODEL, "Keep an adapter's frozen embedding tables in 8 or 4 bits or on the host"),

@@ -61,8 +61,6 @@ REFUSALS: list[tuple[dict[str, Any], type[BurnishError], str]] = [
         ConfigError,
         r"dtype, model_kwargs\['dtype'\]: both are given and differ",
     ),
-    ({"load_in_4bit": True}, ConfigError, r"load_in_4bit: needs a CUDA device, this is cpu\. Drop load_in_4bit"),
-    ({"load_in_8bit": True}, ConfigError, r"load_in_8bit: needs a CUDA device, this is cpu\. Drop load_in_8bit"),
     ({"load_in_4bit": True, "load_in_8bit": True}, ConfigError, r"load_in_4bit, load_in_8bit: more than one is set"),
     ({"load_in_4bit": True, "load_in_16bit": True}, ConfigError, r"load_in_4bit, load_in_16bit: more than one is set"),
     ({"load_in_16bit": True, "dtype": "float32"}, ConfigError, r"load_in_16bit=True: contradicts dtype=float32"),

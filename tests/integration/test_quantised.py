@@ -136,8 +136,8 @@ def test_4_bits_are_read_as_they_are_defined(tiny_bert: Path, minilm: Path, load
             blocks = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
             above = state.state2.absmax.repeat_interleave(256)[: len(blocks)]
             scales = state.state2.code[state.absmax.long()].view(-1) * above + state.offset
-            half_a_gap = state.state2.code.diff().max() / 2 * above
-            assert bool(((scales - blocks.abs().amax(1)).abs() <= half_a_gap + 1e-6).all())
+            gap = state.state2.code.diff().max() * above  # its table has no -1: the ends are off by most of a gap
+            assert bool(((scales - blocks.abs().amax(1)).abs() <= gap).all())
             table = get_4bit_type("nf4", device="cpu")  # type: ignore[no-untyped-call]
             codes = torch.stack([layer.weight.data.view(-1) >> 4, layer.weight.data.view(-1) & 15], 1).view(-1).long()
             wanted = (table[codes].view(-1, 64) * scales[:, None]).view(-1)[: weight.numel()].view(weight.shape)
