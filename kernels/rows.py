@@ -69,7 +69,7 @@ def triton_gather_rows(
 
     The kernel reads a table in pinned host memory over the bus, with nothing done on the host, so that a CUDA graph
     holds it. A number that is no row's gives a row of NaN. Ids that are not on a CUDA device, and tables that are
-    neither on theirs nor in pinned memory, take the plain way.
+    neither on theirs nor in pinned memory, or not contiguous, take the plain way.
     """
     rows: Tensor = _gather(ids, table, scales, code, dtype, block)
     return rows
@@ -80,10 +80,10 @@ def _gather(
     ids: Tensor, table: Tensor, scales: Tensor | None, code: Tensor | None, dtype: torch.dtype, block: int
 ) -> Tensor:
     reachable = INTERPRETED or (ids.is_cuda and (table.device == ids.device or table.is_pinned()))
-    if rows_tiles is None or not reachable:
+    if rows_tiles is None or not reachable or not table.is_contiguous():
         return gather_rows(ids, table, scales, code, dtype=dtype, block=block)
     out = ids.new_empty(len(ids), _width(table, code), dtype=dtype)
-    rows_tiles.gather(out, ids, table, scales, code, block)
+    rows_tiles.gather(out, ids.contiguous(), table, scales, code, block)
     return out
 
 

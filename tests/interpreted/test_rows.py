@@ -58,6 +58,12 @@ def test_what_is_no_row_s_number_is_nan_and_reads_nothing(kind: str) -> None:
     assert found[:2].isnan().all() and found[2].isfinite().all()
 
 
+def test_ids_and_tables_that_do_not_lie_side_by_side() -> None:
+    ids, (dense,) = torch.arange(40).view(20, 2)[:, 1], table("host", 96, torch.float32)
+    compare(ids, (dense,), torch.float32)
+    compare(ids, (dense[:, ::2],), torch.float32)
+
+
 def test_no_rows() -> None:
     none = torch.empty(0, dtype=torch.int64)
     assert triton_gather_rows(none, *table("8bit", 32, torch.float32), dtype=torch.float32).shape == (0, 32)
