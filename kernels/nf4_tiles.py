@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 jit: Callable[[Any], Any] = triton.jit
 
-# Rows, columns and warps of a tile; the ranks that are multiplied at a time.
-ROWS, COLUMNS, WARPS, RANKS = 32, 256, 8, 32
+# Rows, columns and warps of a tile; the ranks that are multiplied at a time. On an H100 4096 x 1024 weights take 4.6 us,
+# bitsandbytes 10.1; with an update of rank 32 in three products of tf32 13.3, with 64 rows 21, with 256 columns 17.
+ROWS, COLUMNS, WARPS, RANKS = 32, 128, 4, 32
 
 
 @jit
@@ -33,7 +35,7 @@ def scale_of(scales, coarse_table, coarse, offset, block, mask, NESTED: tl.const
 def write_kernel(
     out, data, scales, table, coarse_table, coarse, offset, up, down, factor, rows, columns, stride,
     EIGHT: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, COARSE: tl.constexpr,
-    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of W + s B A: W's numbers are a table's at 4 bits times their block's scale, or 8 bits times a row's.
 
@@ -73,7 +75,7 @@ def write_kernel(
         right = tl.load(
             down + rank[:, None] * columns + column[None, :], mask=(rank < RANK)[:, None] & beside[None, :], other=0.0
         ).to(tl.float32)
-        weight += tl.dot(left * factor, right, input_precision="tf32x3")
+        weight += tl.dot(left * factor, right, input_precision=PRECISION)
     tl.store(out + row[:, None] * stride + column[None, :], weight.to(out.dtype.element_ty), mask=inside)
 
 
@@ -82,11 +84,13 @@ def write(out: Tensor, stored: Any, down: Tensor | None, up: Tensor | None, fact
     rows, columns, block = stored.rows, stored.columns, stored.block
     rank = 0 if down is None else down.shape[0]
     any_pointer = stored.scales  # not read where there is no update
+    # Products of tf32, 2^-11 off, are summed in float32: finer than what a sum rounded to 16 bits can show of an update.
+    precision = "tf32x3" if out.dtype == torch.float32 else "tf32"
     # Products and sums are not contracted: a scale is rounded between the two, as in bitsandbytes' two kernels.
     write_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))](
         out, stored.data, stored.scales, stored.table, stored.coarse_table, stored.coarse, stored.offset,
         any_pointer if up is None else up.contiguous(), any_pointer if down is None else down.contiguous(),
         factor, rows, columns, out.stride(0), EIGHT=stored.eight, NESTED=stored.nested,
         WHOLE=columns % block == 0 and COLUMNS % block == 0, BLOCK=block, COARSE=stored.coarse_block, RANK=rank,
-        ROWS=ROWS, COLUMNS=COLUMNS, RANKS=RANKS, num_warps=WARPS, enable_fp_fusion=False,
+        ROWS=ROWS, COLUMNS=COLUMNS, RANKS=RANKS, PRECISION=precision, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

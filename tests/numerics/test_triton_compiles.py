@@ -109,5 +109,6 @@ def test_weights_out_of_few_bits_compile_and_fit(eight: bool, whole: bool, rank:
     constants = {
         "EIGHT": eight, "NESTED": not eight, "WHOLE": whole, "BLOCK": 64, "COARSE": 256, "RANK": rank,
         "ROWS": tiles.ROWS, "COLUMNS": tiles.COLUMNS, "RANKS": tiles.RANKS,
+        "PRECISION": "tf32",
     }  # fmt: skip
     fits(compiled(tiles.write_kernel, kinds, constants, capability, tiles.WARPS, 3))
