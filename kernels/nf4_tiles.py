@@ -15,8 +15,8 @@ from torch import Tensor
 
 jit: Callable[[Any], Any] = triton.jit
 
-# Rows, columns and warps of a tile; the ranks that are multiplied at a time. On an H100 4096 x 1024 weights take 4.6 us,
-# bitsandbytes 10.1; with an update of rank 32 in three products of tf32 13.3, with 64 rows 21, with 256 columns 17.
+# Rows, columns and warps of a tile; the ranks that are multiplied at a time. On an H100 4096 x 1024 weights take 4.6 us
+# (bitsandbytes 10.1), with an update of rank 32 in three products of tf32 13.3, with 64 rows 21, with 256 columns 17.
 ROWS, COLUMNS, WARPS, RANKS = 32, 128, 4, 32
 
 
@@ -84,7 +84,7 @@ def write(out: Tensor, stored: Any, down: Tensor | None, up: Tensor | None, fact
     rows, columns, block = stored.rows, stored.columns, stored.block
     rank = 0 if down is None else down.shape[0]
     any_pointer = stored.scales  # not read where there is no update
-    # Products of tf32, 2^-11 off, are summed in float32: finer than what a sum rounded to 16 bits can show of an update.
+    # Products of tf32, 2^-11 off, summed in float32: finer than what a sum rounded to 16 bits can show of an update.
     precision = "tf32x3" if out.dtype == torch.float32 else "tf32"
     # Products and sums are not contracted: a scale is rounded between the two, as in bitsandbytes' two kernels.
     write_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))](
