@@ -139,7 +139,7 @@ class Room:
                     raise
                 smaller = None if before is None else _smaller(batch, self.limit(loss))
                 if before is None or smaller is None:
-                    raise self._advice(batch, loss) from error
+                    raise self.advice(batch, loss) from error
             # Outside of the block: the error holds the frames of the failed step, and these its tensors.
             self._recover(before, smaller)
 
@@ -155,11 +155,13 @@ class Room:
         self.budget = smaller
         self.say(f"out of memory: the step is run again, and all others run, in forwards of {smaller:,} tokens at most")
 
-    def _advice(self, batch: Mapping[str, Any], loss: Any) -> OutOfMemory:
+    def advice(self, batch: Mapping[str, Any] | None = None, loss: Any = None) -> OutOfMemory:
+        """What to do when memory ran out: in a step, with its batch and loss, or outside of one."""
         device, rows = self.model.device, self.arguments.per_device_train_batch_size
-        cuts, could = False, False
-        what = f"out of memory with a batch of {rows} rows"
-        if stream.IDS in batch:
+        cuts, could, what = False, False, f"out of memory with a batch of {rows} rows"
+        if batch is None:
+            what = "out of memory outside of a step's forward and backward: in the optimizer, or in an evaluation"
+        elif stream.IDS in batch:
             cuts, could = self.of_embeddings(loss) is not None, not self.is_on
             tokens, texts = batch[stream.IDS].shape[1], sum(batch[stream.COLUMNS])
             what = f"out of memory with {tokens:,} tokens in {texts:,} texts of at most {batch[stream.LONGEST]:,}"
@@ -169,7 +171,9 @@ class Room:
             free, total = torch.cuda.mem_get_info(device)
             what += f" ({free / 1e9:.2f} of {total / 1e9:.1f} GB are free)"
         ways = ["use_gradient_checkpointing=True", "load_in_4bit=True", "a smaller max_seq_length"]
-        if could and (cuts or ranking_of(loss) is not None):
+        if batch is None:
+            ways = ['optim="adamw_8bit"', "a smaller per_device_eval_batch_size"]
+        elif could and (cuts or ranking_of(loss) is not None):
             ways.insert(0, "TrainingArguments(auto_batch=True)")
         elif not cuts:
             ways.insert(0, f"per_device_train_batch_size={max(1, rows // 2)}")

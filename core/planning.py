@@ -142,6 +142,7 @@ def plan(
     """
     from .loading import check_length, read_repository
     from .options import quantization_of
+    from .quantised import agreed, stored_as
     from .registry import registry
     from .selection import choose_family
 
@@ -150,15 +151,17 @@ def plan(
         least = 2 if name == "batch_size" else 1
         if value < least:
             raise ConfigError(f"{value} is less than {least}", where=name, fix="Pass a larger number")
-    storage = quantization_of(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=None)
+    told = quantization_of(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=None)
+    asked = Setup(method=method, storage=told, rank=rank, optimizer=optimizer, embedding_storage=embedding_storage)
     named = None if plugins is None else tuple(plugins)
     repository = read_repository(model, trust_remote_code=trust_remote_code, plugins=named)
     family = choose_family(registry(named), repository.config).family
+    purpose = "full" if method == "full" else "adapters"
     check_length(seq, repository.config, family.packing.position_offset if family.packing else 0)
     after = _dense_weights(repository.name) if "modules.json" in repository.files else 0
     shapes = shapes_of(repository.config, family.lora, after=after, trust_remote_code=trust_remote_code)
-    asked = Setup(method=method, storage=storage, rank=rank, optimizer=optimizer, embedding_storage=embedding_storage)
-    ways = [asked] if method == "full" or storage else [asked, replace(asked, storage="4bit")]
+    asked = replace(asked, storage=agreed(told, None, stored_as(repository.config), purpose))
+    ways = [asked] if method == "full" or asked.storage else [asked, replace(asked, storage="4bit")]
     recompute = RECOMPUTE if use_gradient_checkpointing is None else (use_gradient_checkpointing,)
     if unknown := [one for one in recompute if one not in RECOMPUTE]:
         fix = 'Pass False, True, "selective" or "offload"'

@@ -10,6 +10,7 @@ from .errors import ConfigError
 from .planning import GRAPHS, MARGIN, most
 from .planning_memory import OPTIMIZER, Setup, optimizer_bytes, parts_of
 from .planning_shapes import Shapes, shapes_of
+from .quantised import agreed, stored_as
 
 
 def free_memory(device: torch.device) -> float:
@@ -34,6 +35,7 @@ def token_budget(model: Any, arguments: Any, free: float) -> tuple[int, list[str
         ModelError: If the model's shapes cannot be found (`shapes_of`).
     """
     decision, notes = model.burnish.decision, list[str]()
+    options = decision.options
     own = type(model.transformers_model).__module__.startswith("transformers_modules.")  # the repository's own code
     shapes = shapes_of(decision.config, decision.family.family.lora, trust_remote_code=own)
     states = 8.0
@@ -41,9 +43,10 @@ def token_budget(model: Any, arguments: Any, free: float) -> tuple[int, list[str
         states = optimizer_bytes(str(getattr(arguments.optim, "value", arguments.optim)))
     except ConfigError:
         notes.append(f"the optimizer {arguments.optim} is counted as adamw, {OPTIMIZER['adamw']:.0f} bytes a weight")
-    full = decision.options.purpose == "full"
+    full = options.purpose == "full"
+    stored = agreed(options.quantization, options.quantization_config, stored_as(decision.config), options.purpose)
     setup = Setup(
-        method="full" if full else "lora", storage=decision.options.quantization,
+        method="full" if full else "lora", storage=stored,
         checkpointing=model.burnish.recompute, half=full and _trains_in(model, torch.bfloat16),
     )  # fmt: skip
     trained = [weight for weight in model.parameters() if weight.requires_grad]

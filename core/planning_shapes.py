@@ -6,6 +6,7 @@ which of them read the residual stream or a norm of it. No architecture is known
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pr
 
     with torch.device("meta"):
         model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=trust_remote_code
+            copy.deepcopy(config), trust_remote_code=trust_remote_code
         )
     return model
 

@@ -25,7 +25,7 @@ from .inputs import said_of_prompts
 from .logged_loss import LoggedLoss
 from .model import Preparation, SentenceTransformer
 from .optimizer_trainer import OptimizingTrainer
-from .out_of_memory import Room
+from .out_of_memory import OutOfMemory, Room, is_out_of_memory
 from .packing import needs_padding
 from .selection import choose_kernel
 from .tiled_loss import Undo, tile
@@ -199,6 +199,10 @@ class Trainer(OptimizingTrainer):
         undo = self._tile_losses()
         try:
             return super().train(*args, **keywords)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+                raise
+            raise self.room.advice() from error  # outside of a step: the optimizer's states, or an evaluation
         finally:
             self._logged.restore(self.args, logging=True)
             self.room.forget()  # graphs of a run that is over: gigabytes, for as long as something holds the trainer

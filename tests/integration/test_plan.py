@@ -95,6 +95,16 @@ def test_python_refuses_the_same(minilm: Path, tmp_path: Path) -> None:
         plan(str(tmp_path), gpu_memory=8, seq=128)
 
 
+def test_a_checkpoint_in_4_bits_is_planned_as_one(without_weights: Path) -> None:
+    config = json.loads((without_weights / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (without_weights / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    made = plan(str(without_weights), gpu_memory=8, seq=128)
+    assert {fit.setup.storage for fit in made.fits} == {"4bit"}
+    with pytest.raises(ConfigError):
+        plan(str(without_weights), gpu_memory=8, seq=128, method="full")
+
+
 def test_dense_layers_are_counted(minilm: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(minilm, tmp_path / "dense", ignore=shutil.ignore_patterns("*.safetensors")))
     modules = json.loads((folder / "modules.json").read_text())

@@ -258,7 +258,7 @@ def test_the_backend_lets_go_of_its_memory(fit: Fit, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Trainer, "_build_step", forgetful)
     trainer, _ = fit(lambda model: Injection(first_norm(model), "forward", {0, 3}), auto_batch=True)
-    assert trainer.room.retried == len(forgotten) == 2
+    assert trainer.room.retried == 2 and len(forgotten) == 2 + 1, "at each failure, and when the run is over"
 
 
 def test_the_fused_backend_forgets_all_that_it_keeps() -> None:
@@ -292,6 +292,19 @@ def test_advice_without_auto_batch(fit: Fit) -> None:
     ) as caught:
         fit(lambda model: Injection(first_norm(model), "forward", {2}))
     assert str(caught.value.__cause__) == SAID
+
+
+def test_memory_that_runs_out_in_the_optimizer(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError(SAID)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    for settings in ({}, {"auto_batch": True}):
+        with pytest.raises(
+            OutOfMemory, match=r'outside of a step.*Use optim="adamw_8bit" or a smaller per_dev'
+        ) as caught:
+            fit(**settings)
+        assert str(caught.value.__cause__) == SAID
 
 
 def test_a_loss_that_cannot_be_cut(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
