@@ -376,8 +376,9 @@ def _with_precision(model_kwargs: Mapping[str, Any] | None, decision: Decision) 
         given["dtype"] = decision.precision.dtype
     if decision.precision.quantization_config is not None:
         given["quantization_config"] = decision.precision.quantization_config
-    if decision.precision.storage is not None and given.get("device_map") is None:
-        given["device_map"] = {"": decision.device}  # else bitsandbytes' weights go to the first GPU there is
+    # By itself transformers quantises on the current GPU where there is one, whatever device was asked for.
+    if decision.precision.storage is not None and given.get("device_map") is None and decision.device != "cuda":
+        given["device_map"] = {"": decision.device}
     return given
 
 
