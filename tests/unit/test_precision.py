@@ -144,3 +144,16 @@ def test_a_script_over_quantised_weights_waits_for_an_adapter() -> None:
         LoadOptions(purpose="script", quantization_config=FOUR).resolved(None),
     ):
         assert (waits.purpose, waits.dtype) == ("adapters", torch.float32)
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", {"": "cpu"}), ("cuda:1", {"": "cuda:1"}), ("cuda", None)])
+def test_a_quantised_base_goes_where_it_was_asked_to(device: str, expected: Any) -> None:
+    """transformers would take the current GPU; "cuda" is that."""
+    from burnish.core.model import _with_precision
+
+    decision: Any = SimpleNamespace(device=device, precision=choose({"quantization": "4bit"}))
+    given = _with_precision({}, decision)
+    assert given.get("device_map") == expected and given["quantization_config"].load_in_4bit
+    assert _with_precision({"device_map": "auto"}, decision)["device_map"] == "auto"
+    plain: Any = SimpleNamespace(device=device, precision=choose({}))
+    assert _with_precision({}, plain) == {"dtype": torch.float32}
