@@ -61,6 +61,8 @@ class FusedStep:
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], items: Any) -> Tensor:
         if self._never is not None:
             return self._without(model, batch, items, self._never)
+        if (work := self.context.host_work(batch)) is not None:
+            return self._without(model, batch, items, work)
         key = self._key(batch, items)
         if key in self._refused:
             return self._without(model, batch, items, self._refused[key])

@@ -107,8 +107,6 @@ def cached_step(
     counts = batch[stream.COLUMNS]
     chunks = [dict(batch)]
     if batch[stream.IDS].shape[1] > budget:
-        if batch[stream.IDS].is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a batch of more tokens than a forward may have is cut on the host")
         chunks = cut(batch, budget, filler=filler, fit=fit, fit_longest=fit_longest)
     if len(chunks) == 1:
         embeddings = embed(chunks[0])[: sum(counts)]

@@ -21,6 +21,11 @@ Step: TypeAlias = "Callable[[torch.nn.Module, Mapping[str, Any], Any], torch.Ten
 detached, a float32 scalar; gradients are added to the parameters' `.grad`."""
 
 
+def no_host_work(batch: Mapping[str, Any]) -> str | None:
+    """That of a step which does all of its work on the device."""
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
     """What a backend gets to build a training step from.
@@ -39,6 +44,8 @@ class StepContext:
             transformers' own is on already, layer by layer, unless it is False.
         activation_budget: Bytes that layers may keep for the backward, or None: which of them are checkpointed is then
             the backend's choice.
+        host_work: Why a step of this batch does work on the host that a captured step would not do again; None where
+            it does not.
     """
 
     model: torch.nn.Module
@@ -51,6 +58,7 @@ class StepContext:
     say: Callable[[str], None]
     checkpointing: bool | str = False
     activation_budget: float | None = None
+    host_work: Callable[[Mapping[str, Any]], str | None] = no_host_work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,6 +105,13 @@ class Room:
             return self.budget if told is None else min(int(told), self.budget)
         return budget_of(loss, self.model.max_seq_length or BUDGET) if hasattr(loss, "mini_batch_size") else WHOLE
 
+    def host_work(self, batch: Mapping[str, Any], loss: Any) -> str | None:
+        """Why a batch makes a step work on the host (`StepContext.host_work`): it is to be cut there."""
+        if stream.IDS not in batch or self.of_embeddings(loss) is None:
+            return None
+        cut = batch[stream.IDS].shape[1] > self.limit(loss)
+        return "a batch of more tokens than a forward may have is cut on the host" if cut else None
+
     def run(
         self, step: Callable[..., Tensor], model: nn.Module, batch: Mapping[str, Any], items: Any, loss: Any
     ) -> Tensor:

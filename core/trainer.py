@@ -264,6 +264,7 @@ class Trainer(OptimizingTrainer):
             model=self.model, family=decision.family.family, machine=decision.machine, arguments=self.args,
             loss=self.loss, eager=eager, constants=lambda: (self.current_gradient_accumulation_steps,), say=self._say,
             checkpointing=preparation.recompute, activation_budget=None if budget is None else budget * 1e9,
+            host_work=lambda batch: self.room.host_work(batch, self._loss_of(batch)),
         )  # fmt: skip
         built = self.engine = decision.backend.build_step(context)
         return built if built is eager else _checked(built, decision.backend)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from burnish import FastSentenceTransformer, Trainer, TrainingArguments
 from burnish.core import out_of_memory, planning_live, stream
 from burnish.core.cached import BUDGET, cached_step, loss_of, ranking_of
+from burnish.core.contracts import StepContext
 from burnish.core.errors import ConfigError, ModelError
 from burnish.core.out_of_memory import WHOLE, Before, OutOfMemory, Room, is_out_of_memory
 
@@ -249,6 +250,14 @@ def test_memory_of_the_failed_step_is_gone(fit: Fit) -> None:
 
 def test_the_backend_lets_go_of_its_memory(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     build, forgotten = Trainer._build_step, list[int]()
+    contexts: list[Any] = []
+
+    def noted(**given: Any) -> StepContext:
+        contexts.append(StepContext(**given))
+        made: StepContext = contexts[-1]
+        return made
+
+    monkeypatch.setattr("burnish.core.trainer.StepContext", noted)
 
     def forgetful(trainer: Any) -> Any:
         step = build(trainer)
@@ -259,6 +268,8 @@ def test_the_backend_lets_go_of_its_memory(fit: Fit, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Trainer, "_build_step", forgetful)
     trainer, _ = fit(lambda model: Injection(first_norm(model), "forward", {0, 3}), auto_batch=True)
     assert trainer.room.retried == 2 and len(forgotten) == 2 + 1, "at each failure, and when the run is over"
+    batch = stream.flatten([[np.arange(5, 65, dtype=np.int32)] * 9])
+    assert contexts[0].host_work(batch) is not None and contexts[0].host_work({"input_ids": 1}) is None
 
 
 def test_the_fused_backend_forgets_all_that_it_keeps() -> None:
@@ -269,6 +280,38 @@ def test_the_fused_backend_forgets_all_that_it_keeps() -> None:
     step._pool = "a pool"
     step.forget()
     assert [step._graphs, step._warmed, step._refused, step._gradients, step._pool] == [{}, {}, {}, {}, None]
+
+
+def test_a_batch_that_is_cut_is_not_captured(tiny_bert_st: Path, tmp_path: Path) -> None:
+    from burnish.backends.fused import FusedStep
+
+    model = loaded(tiny_bert_st)
+    room = Room(model, TrainingArguments(str(tmp_path), use_cpu=True, auto_batch=20), print)
+    room.plan()
+    loss = losses.MultipleNegativesRankingLoss(model)
+    long, short = (stream.flatten([[np.arange(5, 5 + count, dtype=np.int32)] * 3]) for count in (10, 5))
+    assert room.host_work(short, loss) is None and room.host_work({"input_ids": 1}, loss) is None
+    assert room.host_work(long, losses.CoSENTLoss(model)) is None
+    why = room.host_work(long, loss)
+    assert why == "a batch of more tokens than a forward may have is cut on the host"
+
+    class Told(FusedStep):
+        def __init__(self) -> None:
+            self._never = None
+            self.context: Any = type(
+                "Context", (), {"host_work": staticmethod(lambda batch: room.host_work(batch, loss))}
+            )
+
+        def _without(self, model: Any, batch: Any, items: Any, reason: str) -> Any:
+            return reason
+
+        def _key(self, batch: Any, items: Any) -> Any:
+            raise LookupError("it would be captured")
+
+    step: Any = Told()
+    assert step(model, long, None) == why
+    with pytest.raises(LookupError):
+        step(model, short, None)
 
 
 def test_one_text_that_does_not_fit_ends_the_run(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
