@@ -23,8 +23,8 @@ from .errors import ConfigError
 from .options import EmbeddingStorage
 
 BLOCK = 64
-CHUNK = 1 << 22
-"""Numbers that are encoded or decoded at a time: 16 MiB in float32."""
+CHUNK = 1 << 20
+"""Numbers that are encoded or decoded at a time: 4 MiB in float32, a few of which are needed beside them."""
 
 # The 16 numbers of NF4 (Dettmers et al. 2023, appendix E).
 NF4 = (
