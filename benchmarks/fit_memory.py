@@ -3,10 +3,10 @@
     python benchmarks/fit_memory.py
 
     --write      writes them into core/planning_fitted.py, and what came out into docs/memory.md
-    --lines F …  other files than results/grid-*.jsonl
+    --lines F …  other files than results/grid-*.jsonl and results/memory-*.jsonl
 
-The four factors are fitted by least squares of relative errors, none below zero, on lines without checkpointing and
-with 16-bit weights. Then half of the models are left out of the fit, in turn, and predicted.
+The factors are fitted by least squares of relative errors, none below zero. Then some of the models are left out of the
+fit, in turn, and predicted. Lines of an older engine are left out where it took another amount (`OUTDATED`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,17 +41,33 @@ else:
 from burnish.core import planning_fitted as fitted  # noqa: E402
 from burnish.core import planning_memory as memory  # noqa: E402
 from burnish.core import stream  # noqa: E402
-from burnish.core.options import Checkpointing  # noqa: E402
 from burnish.core.planning_shapes import Shapes, shapes_of  # noqa: E402
 
-FACTORS = ("KEPT", "OUTSIDE", "PRODUCTS", "WORKSPACE")
+FACTORS = ("KEPT", "OUTSIDE", "PRODUCTS", "WORKSPACE", "AGAIN")
+SELECTIVE = "SELECTIVE"
 PLAIN = {"activation_budget_gb": None, "optim": None}
 """Settings that the plan does not model: lines that have others are not taken."""
-WAYS: dict[str, Checkpointing] = {"SELECTIVE": "selective", "CHECKPOINT": True, "OFFLOAD": "offload"}
 BEGIN, END = "<!-- fitted -->", "<!-- end: fitted -->"
 PAGE = HERE.parent / "docs" / "memory.md"
 SEED = 42
 """Of the trainer's order, transformers' own."""
+RESULTS = ("grid-*.jsonl", "memory-*.jsonl")
+FIRST = {"g20261126"}
+SECOND = {"h20261126", "h20261126b"}
+NORMED = ("Qwen3", "embeddinggemma")
+"""Models that norm each head's query and key, which makes them float32 under autocast."""
+OUTDATED: tuple[tuple[set[str], str, Callable[[dict[str, Any], Shapes], bool]], ...] = (
+    (
+        FIRST | SECOND, "whole texts with grouped heads, which FlashAttention-2 took and cuDNN's attention takes now",
+        lambda line, sizes: _whole(line) and sizes.spared > 0,
+    ),
+    (
+        FIRST, "full fine-tuning with float32 queries, which attention in a padded grid took",
+        lambda line, sizes: line["mode"] == "full" and line["model"].startswith(NORMED),
+    ),
+)  # fmt: skip
+"""(runs, what they recorded that is no longer so, whether a line has it). The engines of these runs were of commits
+af8b93b (first) and aba42fc (second); grouped heads changed with 786839f, float32 queries with aba42fc itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +94,8 @@ class Recorded:
 
 
 def recorded(paths: Iterable[Path] = ()) -> list[Recorded]:
-    """The lines of Burnish that the plan can predict, of all grids if no file is named."""
-    places = sorted(paths) or sorted((HERE / "results").glob("grid-*.jsonl"))
+    """The lines of Burnish that the plan can predict, of all in `RESULTS` if no file is named."""
+    places = sorted(paths) or sorted(path for name in RESULTS for path in (HERE / "results").glob(name))
     lines = [json.loads(line) for path in places for line in path.read_text(encoding="utf-8").splitlines()]
     return [one for line in lines if (one := _recorded(line)) is not None]
 
@@ -95,15 +111,46 @@ def _recorded(line: dict[str, Any]) -> Recorded | None:
     setup = memory.Setup(
         method="full" if full else "lora", storage="4bit" if line["mode"] == "qlora4" else None, rank=arms.RANK,
         checkpointing=line["checkpointing"], half=line["mode"] == "full-bf16", trains_after=True,
-        embedding_storage=line.get("embedding_storage"),
+        embedding_storage=line.get("embedding_storage"), whole=_whole(line),
     )  # fmt: skip
     sizes = _shapes(line["model"])
+    if outdated(line, sizes) is not None:
+        return None
     found, _ = memory.trained_weights(sizes, setup)
     if found != line["trained_parameters"]:
         raise SystemExit(f"{line['model']} {line['mode']}: {line['trained_parameters']} weights train, not {found}")
     steps = line["warmup_steps"] + line["steps"]
     tokens = most_tokens(line["lengths"], line["batch"], line["seq"], steps)
     return Recorded(line, sizes, setup, tokens, line["peak_gib"] * memory.GIB)
+
+
+def contexts() -> dict[str, float]:
+    """The errors of the longest texts of `results/context-*.jsonl`, which are not in the fit: two pairs of each."""
+    found = {}
+    places = sorted((HERE / "results").glob("context-*.jsonl"))
+    for line in (json.loads(line) for path in places for line in path.read_text(encoding="utf-8").splitlines()):
+        if line.get("system") != arms.OURS or line.get("backend") != "fused" or line.get("peak_gib") is None:
+            continue
+        if any(line.get(name, plain) != plain for name, plain in PLAIN.items()):
+            continue
+        setup = memory.Setup(
+            storage="4bit" if line["mode"] == "qlora4" else None, rank=arms.RANK, checkpointing=line["checkpointing"],
+            trains_after=True, embedding_storage=line["embedding_storage"],
+        )  # fmt: skip
+        tokens = 2 * line["batch"] * line["longest_tokens"]
+        predicted = memory.parts_of(_shapes(line["model"]), setup, tokens, line["batch"]).total
+        found[f"{line['model']} {tokens} {setup.checkpointing}"] = predicted / line["peak_gib"] / memory.GIB - 1
+    return found
+
+
+def outdated(line: dict[str, Any], sizes: Shapes) -> str | None:
+    """What of a line its engine did otherwise than today's does; None if nothing."""
+    found = (what for runs, what, has in OUTDATED if line.get("run") in runs and has(line, sizes))
+    return next(found, None)
+
+
+def _whole(line: dict[str, Any]) -> bool:
+    return bool(line["lengths"] == "fixed" and line["seq"] % 64 == 0)
 
 
 @functools.cache
@@ -139,38 +186,38 @@ def most_tokens(lengths: str, batch: int, seq: int, steps: int) -> int:
 
 
 def fit(lines: Sequence[Recorded]) -> dict[str, float]:
-    """The four factors."""
+    """The factors that lines have something of, all at once."""
     from scipy.optimize import nnls  # type: ignore[import-untyped]
 
-    plain = [one for one in lines if not one.setup.checkpointing and one.setup.storage is None]
-    terms = np.array([memory.coefficients(one.shapes, one.setup, one.tokens) for one in plain])
-    rest = np.array([one.peak - _known(one) for one in plain])
-    weight = 1 / np.array([one.peak for one in plain])
-    scaled = terms * weight[:, None]
+    taken = [one for one in lines if one.setup.checkpointing != "selective"]
+    terms = [memory.coefficients(one.shapes, one.setup, one.tokens) for one in taken]
+    names = [name for name in FACTORS if any(term[name] for term in terms)]
+    weight = 1 / np.array([one.peak for one in taken])
+    rest = np.array([one.peak - _known(one) for one in taken])
+    scaled = np.array([[term[name] for name in names] for term in terms]) * weight[:, None]
     sizes = scaled.mean(axis=0)
     found, _ = nnls(scaled / sizes, rest * weight)
-    return dict(zip(FACTORS, (found / sizes).tolist(), strict=True))
+    return dict(zip(names, (found / sizes).tolist(), strict=True))
 
 
 def _known(one: Recorded) -> float:
-    """What is not fitted: weights, adapter, gradients, states, loss."""
+    """What is not fitted: weights, adapter, gradients, states, loss, layers' inputs."""
     parts = memory.parts_of(one.shapes, one.setup, one.tokens, one.line["batch"])
-    return parts.weights + parts.adapter + parts.gradients + parts.optimizer + parts.loss
+    inputs = memory.checkpoints(one.shapes, one.setup, one.tokens)
+    return parts.weights + parts.adapter + parts.gradients + parts.optimizer + parts.loss + inputs
 
 
-def fit_checkpoints(lines: Sequence[Recorded]) -> dict[str, float]:
-    """What each way of checkpointing keeps, of those that lines have; the four factors stay what they are."""
-    found = {}
-    for name, way in WAYS.items():
-        measured = [one for one in lines if one.setup.checkpointing == way]
-        if not measured:
-            continue
-        use({name: 0.0})
-        without = np.array([one.error for one in measured])
-        use({name: 1.0})
-        step = np.array([one.error for one in measured]) - without  # an error is linear in the factor
-        found[name] = max(0.0, float(-(step @ without) / (step @ step)))
-        use({name: found[name]})
+def fit_selective(lines: Sequence[Recorded]) -> dict[str, float]:
+    """What selective checkpointing keeps, if lines have it; the other factors stay what they are."""
+    measured = [one for one in lines if one.setup.checkpointing == "selective"]
+    if not measured:
+        return {}
+    use({SELECTIVE: 0.0})
+    without = np.array([one.error for one in measured])
+    use({SELECTIVE: 1.0})
+    step = np.array([one.error for one in measured]) - without  # an error is linear in the factor
+    found = {SELECTIVE: max(0.0, float(-(step @ without) / (step @ step)))}
+    use(found)
     return found
 
 
@@ -180,14 +227,19 @@ def use(factors: Mapping[str, object]) -> None:
         setattr(fitted, name, value)
 
 
-def held_out(lines: Sequence[Recorded], without: int) -> list[list[float]]:
-    """The errors of lines whose models were not in the fit, for every choice of `without` models to leave out."""
-    plain = [one for one in lines if not one.setup.checkpointing]
-    models = sorted({one.line["model"] for one in plain})
+def held_out(lines: Sequence[Recorded], without: int, *, again: bool = False) -> list[list[float]]:
+    """The errors of lines whose models were not in the fit, for every choice of `without` models to leave out.
+
+    Args:
+        lines: All that there are.
+        without: How many models.
+        again: Whether the lines that are predicted are those with checkpointing, or those without.
+    """
+    own = [one for one in lines if bool(one.setup.checkpointing) == again]
     kept, found = {name: getattr(fitted, name) for name in FACTORS}, []
-    for out in itertools.combinations(models, without):
-        use(fit([one for one in plain if one.line["model"] not in out]))
-        found.append([abs(one.error) for one in plain if one.line["model"] in out])
+    for out in itertools.combinations(sorted({one.line["model"] for one in own}), without):
+        use(fit([one for one in lines if one.line["model"] not in out]))
+        found.append([abs(one.error) for one in own if one.line["model"] in out])
     use(kept)
     return found
 
@@ -195,7 +247,7 @@ def held_out(lines: Sequence[Recorded], without: int) -> list[list[float]]:
 def report(lines: Sequence[Recorded]) -> str:
     """What docs/memory.md says of the fit that is in use: the factors, each model's errors, and models left out."""
     parts = ["| Factor | Value |", "| --- | ---: |"]
-    for name in (*FACTORS, *WAYS):
+    for name in (*FACTORS, SELECTIVE):
         assumed = " (assumed: no line has it)" if name in fitted.ASSUMED else ""
         parts.append(f"| `{name}`{assumed} | {getattr(fitted, name):g} |")
     parts += ["", "| Model | Lines | Measured peaks, GiB | Off, at least and at most |", "| --- | ---: | ---: | ---: |"]
@@ -213,7 +265,14 @@ def report(lines: Sequence[Recorded]) -> str:
         said = (
             f"With {without} of {models} models left out of the fit and predicted, for every choice of them, a line is "
             f"off by {np.mean(every):.1%} on average; the worst line by {worst[len(worst) // 2]:.1%} in the median "
-            f"choice and by {worst[-1]:.1%} in the worst."
+            f"choice and by {worst[-1]:.1%} in the worst. Lines with checkpointing are not among these."
+        )
+        parts += ["", *textwrap.wrap(said, 120)]
+    if choices := held_out(lines, 1, again=True):
+        every = list(itertools.chain(*choices))
+        said = (
+            f"Of the {len(choices)} models with lines that have checkpointing, one left out and predicted from all "
+            f"other lines: {np.mean(every):.1%} on average, {max(every):.1%} at most."
         )
         parts += ["", *textwrap.wrap(said, 120)]
     return "\n".join(parts)
@@ -250,19 +309,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = recorded(given.lines)
     factors = fit(lines)
     use(factors)
-    factors |= fit_checkpoints(lines)
+    factors |= fit_selective(lines)
     rounded = {name: round(value, 3) for name, value in factors.items()}
     use(rounded)
     errors = [one.error for one in lines]
     for one in sorted(lines, key=lambda one: -abs(one.error)):
         print(f"{one.error:+7.1%}  {one.peak / memory.GIB:7.2f} GiB  {one.name}")
+    print("not in the fit:", {name: f"{error:+.1%}" for name, error in contexts().items()})
     print({**rounded, "lines": len(lines), "rms": round(float(np.sqrt(np.mean(np.square(errors)))), 4)})
     if given.write:
         models = len({one.line["model"] for one in lines})
+        worst = max(error for again in (False, True) for errors in held_out(lines, 1, again=again) for error in errors)
         made = {
-            **rounded, "ASSUMED": tuple(name for name in WAYS if name not in factors),
+            **rounded, "ASSUMED": tuple(name for name in (*FACTORS, SELECTIVE) if name not in factors),
             "FITTED": f"{datetime.now(UTC):%Y-%m-%d}, {len(lines)} lines, {models} models",
-            "WORST": round(max(map(abs, errors)), 3), "HELD_OUT": round(max(map(max, held_out(lines, 1))), 3),
+            "WORST": round(max(map(abs, errors)), 3), "HELD_OUT": round(worst, 3),
         }  # fmt: skip
         write(Path(str(fitted.__file__)), made)
         use(made)

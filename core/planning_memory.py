@@ -1,6 +1,6 @@
 """Where the memory of a training step goes: bytes by what they hold, from a model's sizes and how it is trained.
 
-Every term is a size times bytes a number, and four measured factors (`planning_fitted`). It is the peak of what torch
+Every term is a size times bytes a number, and a few measured factors (`planning_fitted`). It is the peak of what torch
 has allocated, under the fused backend with bfloat16 products.
 """
 
@@ -19,9 +19,12 @@ GIB = 2**30
 HALF = 2
 """Bytes of a 16-bit number: products, and what they keep."""
 
-STORED: dict[str | None, float] = {None: 2.0, "host": 0.0, "8bit": 1.004, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Bytes of a frozen weight. 8 bits: and a float32 for each row. 4 bits: and for each 64 weights a byte, and for each
-256 of those a float32 (NF4 with double quantisation; Dettmers et al. 2023)."""
+STORED: dict[str | None, float] = {None: 2.0, "8bit": 1.004, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
+"""Bytes of a linear layer's frozen weight. 8 bits: and a float32 for each row. 4 bits: and for each 64 weights a byte,
+and for each 256 of those a float32 (NF4 with double quantisation; Dettmers et al. 2023)."""
+
+TABLES: dict[EmbeddingStorage | None, float] = {None: 2.0, "8bit": 1 + 4 / 64, "4bit": 0.5 + 4 / 64, "host": 0.0}
+"""Bytes of a frozen weight of an embedding table: in 8 and 4 bits with a float32 for each 64 (`stored_table`)."""
 
 OPTIMIZER = {
     "adamw": 8.0,
@@ -42,13 +45,15 @@ class Keeps:
 
     Args:
         share: Of what the layer keeps without checkpointing.
-        widths: Rows of the hidden size, each of 16 bits, a token.
-        again: Whether the layer is computed again in the backward, which then holds all it keeps, for one layer.
+        widths: Rows of the hidden size, each of 16 bits, a token: the layer's input.
+        moving: Such rows for all layers together.
+        again: Whether the layer is computed again in the backward, which then holds what one layer takes (AGAIN).
     """
 
     share: float
     widths: float
     again: bool
+    moving: float = 0.0
 
 
 RECOMPUTE: tuple[Checkpointing, ...] = (False, "selective", True, "offload")
@@ -56,12 +61,16 @@ RECOMPUTE: tuple[Checkpointing, ...] = (False, "selective", True, "offload")
 
 
 def keeps_of(checkpointing: Checkpointing) -> Keeps:
-    """The table of factors of the four ways."""
+    """What the four ways keep.
+
+    Inputs are counted as what they are; fitted like the other factors they come out as 0.92 rows. Of those that go to
+    the host two are on the device: the layer's own, and the next, which comes back while that goes backward.
+    """
     return {
         False: Keeps(share=1.0, widths=0.0, again=False),
         "selective": Keeps(share=fitted.SELECTIVE, widths=0.0, again=True),
-        True: Keeps(share=0.0, widths=fitted.CHECKPOINT, again=True),
-        "offload": Keeps(share=0.0, widths=fitted.OFFLOAD, again=True),
+        True: Keeps(share=0.0, widths=1.0, again=True),
+        "offload": Keeps(share=0.0, widths=0.0, again=True, moving=2.0),
     }[checkpointing]
 
 
@@ -78,6 +87,8 @@ class Setup:
         half: Whether full fine-tuning has weights, gradients and states in bfloat16, without float32 masters.
         embedding_storage: "8bit", "4bit" or "host" for the frozen embedding tables under an adapter; None for 16 bits.
         trains_after: Whether what comes after the pooling trains under an adapter too (`modules_to_save`).
+        whole: Whether the texts of every forward are known to have one length, a multiple of 64, on a card of Hopper's
+            kind or later. Grouped heads then take less; False is the safe side.
     """
 
     method: Literal["lora", "full"] = "lora"
@@ -88,6 +99,7 @@ class Setup:
     half: bool = False
     embedding_storage: EmbeddingStorage | None = None
     trains_after: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.method == "full" and self.storage is not None:
@@ -124,7 +136,8 @@ class Parts:
         optimizer: The optimizer's states.
         products: The weights that the products of a step read, in 16 bits: W + s B A, or a 16-bit copy of masters.
         activations: What all layers keep for the backward.
-        outside: Embeddings, pooling and one layer's backward.
+        outside: Embeddings, pooling and one layer's backward; with checkpointing what one layer takes that is computed
+            again and goes backward, when pooling is done.
         table_gradient: A trained embedding table's new gradient beside the one it is added to, as far as it does not
             fit where activations were.
         loss: The scores of all pairs of a batch, and what the loss makes of them.
@@ -162,37 +175,43 @@ def parts_of(shapes: Shapes, setup: Setup, tokens: int, pairs: int = 0) -> Parts
     """What a step of `tokens` tokens in one forward takes, with a loss of `pairs` pairs."""
     trained, own = trained_weights(shapes, setup)
     wide = HALF if setup.half else 4
-    kept, outside, products, workspace = coefficients(shapes, setup, tokens)
-    activations, read = kept * fitted.KEPT + checkpoints(shapes, setup, tokens), products * fitted.PRODUCTS
-    again = shapes.widest * HALF * tokens * fitted.KEPT if keeps_of(setup.checkpointing).again else 0.0
+    of = {name: size * float(getattr(fitted, name)) for name, size in coefficients(shapes, setup, tokens).items()}
+    activations, read = of["KEPT"] + checkpoints(shapes, setup, tokens), of["PRODUCTS"]
     table = shapes.tables * wide if setup.method == "full" else 0
     return Parts(
         weights=_weights(shapes, setup), adapter=own * 4, gradients=trained * wide,
         optimizer=_states(shapes, setup, trained), products=read, activations=activations,
-        outside=outside * fitted.OUTSIDE + again,
-        table_gradient=max(0.0, table - activations - read), loss=_loss(pairs), workspace=workspace * fitted.WORKSPACE,
+        outside=of["OUTSIDE"] + of["AGAIN"], table_gradient=max(0.0, table - activations - read), loss=_loss(pairs),
+        workspace=of["WORKSPACE"],
     )  # fmt: skip
 
 
-def coefficients(shapes: Shapes, setup: Setup, tokens: int) -> tuple[float, float, float, float]:
-    """The bytes that KEPT, OUTSIDE, PRODUCTS and WORKSPACE are factors of."""
+def coefficients(shapes: Shapes, setup: Setup, tokens: int) -> dict[str, float]:
+    """The bytes that each fitted factor is a factor of, by its name.
+
+    Without checkpointing the peak is where the backward begins: all layers' activations, and OUTSIDE. With it the peak
+    is in a layer in the middle of the backward, of which everything is there at once: AGAIN in its place.
+    """
     keeps = keeps_of(setup.checkpointing)
     read = shapes.repeated / (shapes.layers if keeps.again else 1)
     if setup.storage is not None:  # the few bits are what is kept; one layer at a time is made of them
         read = shapes.largest
     if setup.method == "full" and setup.half:  # products read the weights themselves
         read = 0
-    return (
-        HALF * tokens * shapes.kept * keeps.share,
-        HALF * tokens * shapes.hidden,
-        HALF * read,
-        GIB,
-    )
+    kept = shapes.kept - (shapes.spared if setup.whole else 0)
+    return {
+        "KEPT": HALF * tokens * kept * keeps.share,
+        "OUTSIDE": 0 if keeps.again else HALF * tokens * shapes.hidden,
+        "PRODUCTS": HALF * read,
+        "WORKSPACE": GIB * (1 if setup.checkpointing == "offload" else 2),  # a captured step has its own
+        "AGAIN": HALF * tokens * shapes.widest if keeps.again else 0,
+    }
 
 
 def checkpoints(shapes: Shapes, setup: Setup, tokens: int) -> float:
     """Bytes of the layers' own inputs where they are kept in place of activations."""
-    return HALF * tokens * shapes.hidden * shapes.layers * keeps_of(setup.checkpointing).widths
+    keeps = keeps_of(setup.checkpointing)
+    return HALF * tokens * shapes.hidden * (shapes.layers * keeps.widths + keeps.moving)
 
 
 def trained_weights(shapes: Shapes, setup: Setup) -> tuple[int, int]:
@@ -213,7 +232,7 @@ def _states(shapes: Shapes, setup: Setup, trained: int) -> float:
 def _weights(shapes: Shapes, setup: Setup) -> float:
     if setup.method == "full":
         return float((shapes.weights + shapes.after) * (HALF if setup.half else 4))
-    tables, linear = shapes.tables * STORED[setup.embedding_storage], shapes.linear * STORED[setup.storage]
+    tables, linear = shapes.tables * TABLES[setup.embedding_storage], shapes.linear * STORED[setup.storage]
     rest = (shapes.weights - shapes.linear - shapes.tables) * HALF
     return tables + linear + rest + shapes.after * (4 if setup.trains_after else HALF)
 
