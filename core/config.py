@@ -111,7 +111,13 @@ class RunConfig:
     warmup: Annotated[float, Option(TRAINING, "Share of the steps over which the rate rises", at_least=0, below=1)] = (
         0.0
     )
-    checkpointing: Annotated[bool, Option(TRAINING, "Recompute activations: less memory, more time")] = False
+    checkpointing: Annotated[
+        Literal["off", "on", "selective", "offload"],
+        Option(TRAINING, "Recompute activations, all or those that are cheap, or keep them on the host"),
+    ] = "off"
+    activation_budget: Annotated[
+        float | None, Option(TRAINING, "GB of activations to keep; the rest is recomputed", above=0)
+    ] = None
     seed: Annotated[int, Option(TRAINING, "Seed of data order, dropout and adapter", at_least=0, at_most=2**32 - 1)] = (
         42
     )
@@ -141,6 +147,9 @@ class RunConfig:
             raise ConfigError("tables that are stored otherwise cannot be trained", where="method", fix=fix)
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError("both are set", where="load_in_4bit, load_in_8bit", fix="Set one of them")
+        if self.activation_budget is not None and self.checkpointing == "selective":
+            fix = "Pass on or offload: what becomes of the layers that the budget has no room for"
+            raise ConfigError("a budget chooses by itself", where="checkpointing", fix=fix)
         if self.overwrite and self.resume:
             raise ConfigError("both are set", where="overwrite, resume", fix="Set one of them")
         if self.name is not None and (self.name != Path(self.name).name or self.name == ".."):
@@ -229,6 +238,8 @@ def make_config(values: Mapping[str, Any], where: str) -> RunConfig:
         if values.get(required) is None:
             fix = f"Add `{required}: …` to the file, or --{required} to the command"
             raise ConfigError(f"{required!r} is missing", where=where, fix=fix)
+    if isinstance(switch := values.get("checkpointing"), bool):  # what YAML makes of on and off
+        values = {**values, "checkpointing": "on" if switch else "off"}
     return RunConfig(**values)
 
 

@@ -110,7 +110,7 @@ def test_every_flag_reaches_the_config(cli: Cli) -> None:
             assert no[name] is False or name == "plugins"
             continue
         known = {"on_bad_row": "skip", "method": "full", "dtype": "bfloat16", "columns": "role=column"}
-        known |= {"embedding_storage": "4bit"}
+        known |= {"embedding_storage": "4bit", "checkpointing": "offload"}
         given = known.get(name, "0.5" if name in ("lora_dropout", "warmup") else "7")
         expected: Any = {"columns": {"role": "column"}, "plugins": ["7"]}.get(name)
         if expected is None:

@@ -55,7 +55,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "learning_rate": ("1e-3", "a number"),
     "warmup": ([], "a number"),
     "max_seq_length": ("96", "a whole number"),
-    "checkpointing": ("offload", "true or false"),
+    "checkpointing": ("unsloth", "one of off, on, selective, offload"),
+    "activation_budget": ("2", "a number"),
     "save_steps": (2.0, "a whole number"),
     "log_steps": (None, "a whole number"),
     "eval_batch_size": ("64", "a whole number"),
@@ -99,6 +100,7 @@ BOUNDS = {
     "learning_rate": ((1e-9, 1), (0, -1e-3)),
     "warmup": ((0, 0.99), (-0.1, 1, 10)),
     "max_seq_length": ((1,), (0,)),
+    "activation_budget": ((0.1, 40), (0, -1.0)),
     "save_steps": ((1,), (0,)),
     "log_steps": ((1,), (0,)),
     "eval_batch_size": ((1,), (0,)),
@@ -136,6 +138,7 @@ def test_bounds_in_words() -> None:
         ({"method": "full", "load_in_8bit": True}, "method: quantised weights cannot be trained in full."),
         ({"method": "full", "embedding_storage": "host"}, "method: tables that are stored otherwise cannot be"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit, load_in_8bit: both are set."),
+        ({"checkpointing": "selective", "activation_budget": 2.0}, "checkpointing: a budget chooses by itself."),
         ({"overwrite": True, "resume": True}, "overwrite, resume: both are set."),
         ({"name": "a/b"}, "name: 'a/b' is not the name of one folder."),
         ({"name": ".."}, "name: '..' is not the name of one folder."),
@@ -276,3 +279,9 @@ def test_what_show_config_prints_reads_back_the_same(tmp_path: Path) -> None:
 
     config = make_config({**GIVEN, "columns": {"anchor": "q"}, "learning_rate": 1e-05, "plugins": ["x"]}, "here")
     assert read_config(write(tmp_path, yaml.safe_dump(asdict(config))), {}) == config
+
+
+@pytest.mark.parametrize(("given", "found"), [(True, "on"), (False, "off"), ("offload", "offload")])
+def test_yaml_s_on_and_off_are_checkpointing_s(given: Any, found: str) -> None:
+    config = make_config({"model": "m", "train": "t.csv", "checkpointing": given}, "file.yaml")
+    assert config.checkpointing == found
