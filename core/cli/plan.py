@@ -55,7 +55,7 @@ def plan(
     made = make(
         model, gpu_memory=gpu_memory, seq=seq, method=method, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
         rank=rank, batch_size=batch_size, use_gradient_checkpointing=asked[checkpointing], optimizer=optimizer,
-        trust_remote_code=trust_remote_code,
+        embedding_storage=embedding_storage, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if as_json:
         print(json.dumps(made.as_json(), indent=2))

@@ -115,3 +115,12 @@ def test_dense_layers_are_counted(minilm: Path, tmp_path: Path) -> None:
     (folder / "9_Dense" / "config.json").write_text(json.dumps({"in_features": 384, "out_features": 7, "bias": True}))
     without, found = (plan(str(place), gpu_memory=8, seq=128).shapes.after for place in (minilm, folder))
     assert (without, found) == (0, 385 * 7)
+
+
+def test_tables_on_the_host_are_not_counted(cli: Cli, minilm: Path) -> None:
+    held = []
+    for more in ((), ("--embedding-storage", "host")):
+        code, out, _ = cli("plan", minilm, "--gpu-memory", "16GB", "--json", *more)
+        assert code == 0
+        held.append(json.loads(out)["parts"]["weights"])
+    assert held[0] - held[1] == pytest.approx(2 * 30522 * 384)
