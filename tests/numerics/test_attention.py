@@ -256,7 +256,7 @@ HOPPER, AMPERE, NONE = (9, 0), (8, 0), (7, 5)
         (12, 12, 32, 128, 0.1, False, HOPPER, "tiles"),
         (12, 12, 32, 128, 0.1, True, HOPPER, "flash"),
         (12, 12, 32, 512, 0.0, True, HOPPER, "tiles"),
-        (16, 8, 128, 512, 0.0, True, HOPPER, "flash"),
+        (16, 8, 128, 512, 0.0, True, HOPPER, "dense"),
         (16, 8, 64, 512, 0.0, False, HOPPER, "flash"),
         (3, 3, 256, 512, 0.0, True, HOPPER, "flash"),
     ],
