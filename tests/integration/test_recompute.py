@@ -77,7 +77,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", ["again", "budget"])  # "offload" is "again" where the host is the device
 def test_compiled_layers_keep_less_and_give_the_same(option: str, tmp_path: Path, traced: None) -> None:
     ours, theirs = model_of(tmp_path, "compiled", **OPTIONS[option]), model_of(tmp_path, "reference")
     before = {name: weight.detach().clone() for name, weight in ours.named_parameters()}
