@@ -29,6 +29,10 @@ Embed: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
 LossOfEmbeddings: TypeAlias = Callable[[list[Tensor]], Tensor]
 """From the embeddings of each column, (texts, D), to the loss, a scalar."""
 
+PARKED = 2**14
+"""Tokens of a forward whose layers keep their inputs on the host: enough to fill a GPU. What is on the device is one
+layer going backward, about 50 bytes a token and hidden unit."""
+
 BUDGET = 2**15
 """Tokens of a chunk: enough to fill a GPU, and a few GiB of activations for a model of 12 layers of 768."""
 
@@ -74,6 +78,26 @@ def budget_of(loss: Any, longest: int) -> int:
     texts of `longest` tokens that its mini-batch may hold, if they are fewer."""
     found = getattr(loss, "mini_batch_num_tokens", None)
     return min(BUDGET, loss.mini_batch_size * longest) if found is None else int(found)
+
+
+def in_parts(
+    embed: Embed,
+    batch: Mapping[str, Any],
+    budget: int,
+    *,
+    filler: int = 0,
+    fit: stream.Fit | None = None,
+    fit_longest: stream.Fit | None = None,
+) -> Tensor:
+    """(N, D) or more rows: the embeddings of a stream in forwards of at most `budget` tokens, with all their graphs.
+
+    For layers that keep their input on the host: the device holds the activations of one layer of one forward, however
+    long the stream is, and nothing is embedded twice. Arguments as `cached_step`'s.
+    """
+    if batch[stream.IDS].shape[1] <= budget:
+        return embed(batch)
+    chunks = cut(batch, budget, filler=filler, fit=fit, fit_longest=fit_longest)
+    return torch.cat([embed(chunk)[: sum(chunk[stream.COLUMNS])] for chunk in chunks])
 
 
 def cached_step(

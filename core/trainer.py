@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from . import batching, stream
 from .arguments import TrainingArguments as TrainingArguments
-from .cached import cached_step, loss_of
+from .cached import PARKED, cached_step, in_parts, loss_of
 from .contracts import StepContext
 from .errors import ConfigError, ModelError, PluginError
 from .feeding import feed, refusal
@@ -181,11 +181,19 @@ class Trainer(OptimizingTrainer):
                 alone = getattr(model, "no_sync", nullcontext)
                 value = cached_step(embed, inputs, of_embeddings, budget, no_sync=alone, **self._chunks)
                 return (value, {}) if return_outputs else value
-            finished = stream.columns_of(embed(inputs), inputs[stream.COLUMNS])
+            embeddings = in_parts(embed, inputs, PARKED, **self._chunks) if self._parks() else embed(inputs)
+            finished = stream.columns_of(embeddings, inputs[stream.COLUMNS])
             inputs = {name: inputs[name] for name in ("label", "dataset_name") if name in inputs}
             for place, column in enumerate(finished):
                 inputs |= {f"column{place}_{name}": value for name, value in column.items()}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _parks(self) -> bool:
+        """Whether layers keep nothing but inputs on the host, so that a batch may go through piece by piece."""
+        preparation = getattr(self.model, "burnish", None)
+        if preparation is None or preparation.recompute != "offload":
+            return False
+        return preparation.decision.options.activation_budget_gb is None
 
     def _loss_of(self, inputs: Mapping[str, Any]) -> Any:
         return self.loss[inputs["dataset_name"]] if isinstance(self.loss, dict) else self.loss

@@ -19,6 +19,7 @@ from burnish import FastSentenceTransformer, Trainer, TrainingArguments
 from burnish.backends import regions as module
 from burnish.backends.activations import Activations
 from burnish.backends.regions import Regions, repeated_layers
+from burnish.core import trainer as trainer_module
 from burnish.core.testing.find import sample_config
 from burnish.core.testing.subject import Subject
 
@@ -113,6 +114,24 @@ def test_a_cached_loss_works_with_layers_computed_again(tmp_path: Path, traced: 
     losses, _ = train(ours, tmp_path, CachedMultipleNegativesRankingLoss(ours, mini_batch_size=3))
     expected, _ = train(theirs, tmp_path, MultipleNegativesRankingLoss(theirs))
     assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_inputs_on_the_host_let_a_batch_go_through_in_parts(
+    backend: str, tmp_path: Path, traced: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "PARKED", 60)
+    ours, theirs = (model_of(tmp_path, backend, **options) for options in (OPTIONS["offload"], {}))
+    before = {name: weight.detach().clone() for name, weight in ours.named_parameters()}
+    forwards: list[int] = []
+    for model in (ours, theirs):
+        model.transformers_model.embeddings.register_forward_hook(lambda *_: forwards.append(1))
+    losses, _ = train(ours, tmp_path)
+    cut = len(forwards)
+    expected, _ = train(theirs, tmp_path)
+    assert cut >= 3 * (len(forwards) - cut) > 0, "no batch was cut"
+    assert losses == pytest.approx(expected, rel=1e-5)
+    agree(ours, theirs, before)
 
 
 class Kept:
