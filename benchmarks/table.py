@@ -214,12 +214,14 @@ CONTEXT_HEADINGS = ("Model", "Device", "System", "Longest text, tokens", "With",
 
 
 def context_rows(lines: Sequence[Line], ours: str = "burnish") -> list[tuple[str, ...]]:
-    """A row for each model, device, system and setting of the last run that has it (context.py); `Times` compares our
-    longest text with the longest of all others', whatever their settings."""
+    """A row for each model, device, system and setting of the last run that has it (context.py), where that run has us
+    and another; `Times` compares our longest text with the longest of all others', whatever their settings."""
     found: list[tuple[str, ...]] = []
     last = {(line["model"], line["device"]): line["run"] for line in lines}
     for (model, device), run in sorted(last.items()):
         here = [line for line in lines if (line["model"], line["device"], line["run"]) == (model, device, run)]
+        if len({line["system"].startswith(ours) for line in here}) < 2:
+            continue
         known = [line for line in here if line.get("longest_tokens")]
         peers = [line["longest_tokens"] for line in known if not line["system"].startswith(ours)]
         for line in sorted(here, key=lambda line: (line["system"].startswith(ours), line.get("longest_tokens") or 0)):
