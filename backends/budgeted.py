@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.contracts import StepContext
 from ..core.errors import ModelError
 from .activations import Activations
-from .regions import largest, repeated_layers
+from .regions import largest, memory_of, repeated_layers
 
 
 class BudgetedStep:
@@ -34,8 +34,7 @@ class BudgetedStep:
         """The most that a layer was called with."""
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], items: Any) -> Tensor:
-        weights = frozenset(weight.untyped_storage().data_ptr() for weight in model.parameters())
-        with self._chosen(weights):
+        with self._chosen(memory_of(model)):
             return self.context.eager(model, batch, items)
 
     @contextmanager

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,11 +139,7 @@ class FusedStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # The loader's thread pins memory meanwhile, which only this mode of capture allows.
-            with (
-                self.regions.active(),
-                _no_word_of_empty_graphs(),
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            ):
+            with self.regions.active(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self.context.eager(model, dict(inputs), items)
         except RuntimeError as error:
             _end_failed_capture()
@@ -179,14 +173,6 @@ class FusedStep:
         graph.graph.replay()
         self.counts["replayed"] += 1
         return graph.loss.clone()
-
-
-@contextmanager
-def _no_word_of_empty_graphs() -> Iterator[None]:
-    """A step that refuses to be captured before its first kernel leaves an empty graph, which torch warns of."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-        yield
 
 
 def _end_failed_capture() -> None:

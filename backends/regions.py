@@ -68,7 +68,8 @@ class Regions:
         """Compiled layers, joined LoRA products and dropout without masks for the length of a block."""
         with ExitStack() as stack:
             joined = stack.enter_context(fused_adapters(self.model))
-            self._parameters = frozenset(weight.untyped_storage().data_ptr() for weight in _weights(self.model))
+            if self.activations.budget is not None:  # else nothing is counted
+                self._parameters = memory_of(self.model)
             stack.enter_context(light_dropouts(self.layers))
             stack.enter_context(_settings())
             layers: list[Any] = self.layers
@@ -126,8 +127,13 @@ class Regions:
         return self._compiled[share]
 
 
+def memory_of(model: nn.Module) -> frozenset[int]:
+    """Where the memory begins of all that a model holds between steps."""
+    return frozenset(weight.untyped_storage().data_ptr() for weight in _weights(model))
+
+
 def _weights(model: nn.Module) -> Iterator[torch.Tensor]:
-    """All that a model holds between steps, scales and tables of weights in few bits too."""
+    """Weights and buffers, scales and tables of weights in few bits too."""
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
@@ -258,7 +264,9 @@ def fused_adapters(model: nn.Module) -> Iterator[set[int]]:
     Yields the `id` of each adapter's A and B.
     """
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
-    few_bits = [layer for layer in layers if (weight := stored(layer.base_layer)) is not None and _hold(layer, weight)]
+    few_bits = {layer: weight for layer in layers if (weight := stored(layer.base_layer)) is not None}
+    for layer, weight in few_bits.items():
+        layer.stored = weight
     try:
         found = [(layer, adapter) for layer in layers if (adapter := adapter_of(layer)) is not None]
         own: list[tuple[nn.Module, Any]] = [(layer, type(layer)) for layer, _ in found]
@@ -267,11 +275,6 @@ def fused_adapters(model: nn.Module) -> Iterator[set[int]]:
     finally:
         for layer in few_bits:
             del layer.stored
-
-
-def _hold(layer: Any, weight: Stored) -> bool:
-    layer.stored = weight
-    return True
 
 
 @contextmanager

@@ -46,10 +46,7 @@ def loss_of(loss: nn.Module) -> LossOfEmbeddings | None:
     kind = CachedMultipleNegativesRankingLoss
     if not isinstance(loss, kind):
         return None
-    own = vars(loss).get("calculate_loss")
-    if own is not None and getattr(getattr(own, "func", None), "__module__", "") != f"{__package__}.tiled_loss":
-        return None
-    if any(getattr(type(loss), name) is not getattr(kind, name) for name in ("forward", "calculate_loss")):
+    if not _is_computed_by(kind, loss, "calculate_loss"):
         return None
     inner = loss.loss  # not cached; it holds the settings, and `tiled_loss.tile` has bound it where the outer one is
     return lambda embeddings: inner.compute_loss_from_embeddings(embeddings, torch.empty(0))
@@ -63,14 +60,18 @@ def ranking_of(loss: nn.Module) -> LossOfEmbeddings | None:
     kind = MultipleNegativesRankingLoss
     if not isinstance(loss, kind) or "forward" in vars(loss):
         return None
-    own = vars(loss).get("compute_loss_from_embeddings")
-    if own is not None and getattr(getattr(own, "func", None), "__module__", "") != f"{__package__}.tiled_loss":
-        return None
-    methods = ("forward", "compute_loss_from_embeddings")
-    if any(getattr(type(loss), name) is not getattr(kind, name) for name in methods):
+    if not _is_computed_by(kind, loss, "compute_loss_from_embeddings"):
         return None
     ranking: Any = loss
     return lambda embeddings: ranking.compute_loss_from_embeddings(embeddings, torch.empty(0))
+
+
+def _is_computed_by(kind: type[nn.Module], loss: nn.Module, method: str) -> bool:
+    """Whether `loss` computes by its `kind`'s own forward and `method`, which only `tiled_loss` may have bound anew."""
+    own = vars(loss).get(method)
+    if own is not None and getattr(getattr(own, "func", None), "__module__", "") != f"{__package__}.tiled_loss":
+        return False
+    return all(getattr(type(loss), name) is getattr(kind, name) for name in ("forward", method))
 
 
 def budget_of(loss: Any, longest: int) -> int:

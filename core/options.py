@@ -25,6 +25,14 @@ CHECKPOINTING_NAMES: dict[object, Checkpointing] = {
     "unsloth": "offload",
 }
 
+# What the command line and a run's file call it.
+CHECKPOINTING_WORDS: dict[str, Checkpointing] = {
+    "off": False,
+    "on": True,
+    "selective": "selective",
+    "offload": "offload",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:

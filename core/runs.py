@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import RunConfig
 from .files import write_json
+from .options import CHECKPOINTING_WORDS
 from .run_folder import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
@@ -126,7 +127,7 @@ def _load(config: RunConfig) -> SentenceTransformer:
         load_in_8bit=config.load_in_8bit,
         embedding_storage=config.embedding_storage,
         full_finetuning=config.method == "full",
-        use_gradient_checkpointing={"off": False, "on": True}.get(config.checkpointing, config.checkpointing),
+        use_gradient_checkpointing=CHECKPOINTING_WORDS[config.checkpointing],
         activation_budget_gb=config.activation_budget,
         backend=config.backend,
         device=config.device,

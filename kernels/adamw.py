@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .light_dropout import mixed
+
 CPU_CHUNK = 2**16  # float32 numbers at a time: what a chunk needs stays in a core's cache
 CHUNK = 2**24
 
@@ -99,7 +101,7 @@ def _step(
     elif mean.data_ptr() != first.data_ptr():
         mean.copy_(first)
     if square.dtype == torch.bfloat16:
-        square.copy_(rounded(second, _upper(_mixed(bits ^ 0x5BD1E995))))
+        square.copy_(rounded(second, _upper(mixed(bits ^ 0x5BD1E995))))
     elif square.data_ptr() != second.data_ptr():
         square.copy_(second)
 
@@ -119,20 +121,12 @@ def random_bits(key: int, start: int, count: int, device: Any) -> Tensor:
     """(count,) int32, all 32 bits a hash of `key` and of the places from `start` on."""
     low, high = signed(key), signed(key >> 32)
     places = torch.arange(start, start + count, device=device).to(torch.int32)
-    return _mixed(_mixed(places * signed(0x9E3779B1) + low) ^ high)
+    return mixed(mixed(places * signed(0x9E3779B1) + low) ^ high)
 
 
 def signed(number: int) -> int:
     """The lowest 32 bits as a signed number: products of int32 wrap around, as those of uint32 do."""
     return (number & 0xFFFFFFFF) - ((number & 0x80000000) << 1)
-
-
-def _mixed(bits: Tensor) -> Tensor:
-    """Every bit of the result depends on every bit of int32 `bits`: two rounds of xor, shift and multiply, the form of
-    MurmurHash3's finaliser (Appleby 2011)."""
-    bits = (bits ^ _upper(bits)) * signed(0x85EBCA6B)
-    bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * signed(0xC2B2AE35)
-    return bits ^ _upper(bits)
 
 
 def _upper(bits: Tensor) -> Tensor:

@@ -22,19 +22,12 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from . import adamw
+from .dropout import mixed
 
 jit: Callable[[Any], Any] = triton.jit
 
 BLOCK = 1024
 FIELDS = 7  # of a weight in the table: four addresses, numbers, first block, key
-
-
-@jit
-def mixed(bits):
-    """As `adamw._mixed`, of uint32."""
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
-    return bits ^ (bits >> 16)
 
 
 @jit

@@ -73,14 +73,13 @@ def spread(seed: Tensor, count: int, place: int) -> Tensor:
         from .dropout import spread as on_device
 
         return on_device(seed, count, salt)
-    mixed = torch.arange(count, dtype=torch.int32) * -1640531527 + salt + seed[0]
-    for half in (seed[1], 0):
-        mixed = _mixed(mixed) + half
-    return mixed
+    made = torch.arange(count, dtype=torch.int32) * -1640531527 + salt + seed[0]
+    return mixed(mixed(made) + seed[1])
 
 
-def _mixed(value: Tensor) -> Tensor:
-    """Murmur's finaliser; products wrap around at 32 bits, shifts to the right fill with zeros."""
+def mixed(value: Tensor) -> Tensor:
+    """Every bit of the result depends on every bit of int32 `value`: MurmurHash3's finaliser (Appleby 2011). Products
+    wrap around at 32 bits, shifts to the right fill with zeros."""
     value = (value ^ ((value >> 16) & 0xFFFF)) * -2048144789
     value = (value ^ ((value >> 13) & 0x7FFFF)) * -1028477387
     return value ^ ((value >> 16) & 0xFFFF)

@@ -46,15 +46,13 @@ def plan(
     from .quiet import quiet
 
     quiet()
-    from ..options import Checkpointing
+    from ..options import CHECKPOINTING_WORDS
     from ..planning import plan as make
 
-    asked: dict[str | None, Checkpointing | None] = {
-        None: None, "off": False, "on": True, "selective": "selective", "offload": "offload",
-    }  # fmt: skip
     made = make(
         model, gpu_memory=gpu_memory, seq=seq, method=method, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
-        rank=rank, batch_size=batch_size, use_gradient_checkpointing=asked[checkpointing], optimizer=optimizer,
+        rank=rank, batch_size=batch_size, optimizer=optimizer,
+        use_gradient_checkpointing=None if checkpointing is None else CHECKPOINTING_WORDS[checkpointing],
         embedding_storage=embedding_storage, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if as_json:

@@ -24,20 +24,6 @@ COMMANDS = ("quickstart", "train", "eval", "export", "doctor", "plan", "plugins"
 DATA = Path(program.__file__).parents[1] / "quickstart_data"
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run the program in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def one_line(answer: tuple[int, str, str]) -> str:
     """The error of a failed call: one line, and nothing on standard output."""
     _, out, err = answer
