@@ -19,6 +19,7 @@ from .offers import BackendSpec as BackendSpec
 from .offers import CommandSpec as CommandSpec
 from .offers import ExporterSpec as ExporterSpec
 from .offers import ExportRequest as ExportRequest
+from .offers import Inner as Inner
 from .offers import KernelSpec as KernelSpec
 from .offers import Step as Step
 from .offers import StepContext as StepContext

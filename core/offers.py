@@ -26,6 +26,19 @@ def no_host_work(batch: Mapping[str, Any]) -> str | None:
     return None
 
 
+@dataclass(slots=True)
+class Inner:
+    """The forward of a model whose loss works on the host between the model's forwards, as a reranker's does.
+
+    Args:
+        run: From packed tensors, keys as the transformer takes them, to the (N + M, labels) scores of N texts and M
+            that fill the stream up. A backend may replace it, for the length of a step, by a faster callable that means
+            the same; what it returns must carry a gradient to the weights wherever gradients are on.
+    """
+
+    run: Callable[[Mapping[str, Any]], torch.Tensor]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
     """What a backend gets to build a training step from.
@@ -46,6 +59,8 @@ class StepContext:
             the backend's choice.
         host_work: Why a step of this batch does work on the host that a captured step would not do again; None where
             it does not.
+        inner: The model's forward alone, where the step as a whole works on the host but this does not: the only part
+            that a captured step may then be. None where the whole step is the piece.
     """
 
     model: torch.nn.Module
@@ -59,6 +74,7 @@ class StepContext:
     checkpointing: bool | str = False
     activation_budget: float | None = None
     host_work: Callable[[Mapping[str, Any]], str | None] = no_host_work
+    inner: Inner | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,7 +116,7 @@ def _signature(function: Callable[..., Any]) -> str:
 # The contract's values, in the order in which an author meets them.
 _VALUES = {
     "Families": ("FamilySpec", "Family", "Pooling", "LoraTargets", "Packing", "Precision", "Head", "Exports", "Patch"),
-    "Backends and kernels": ("BackendSpec", "StepContext", "KernelSpec", "Needs", "Machine"),
+    "Backends and kernels": ("BackendSpec", "StepContext", "Inner", "KernelSpec", "Needs", "Machine"),
     "Export targets and commands": ("ExporterSpec", "ExportRequest", "CommandSpec"),
 }
 
