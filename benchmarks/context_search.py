@@ -97,6 +97,17 @@ def seconds_of(tries: Sequence[Try], length: int) -> float:
     return max(((one.step_s or 0.0) * (length / one.length) ** 2 for one in timed[-1:]), default=0.0)
 
 
+def affordable(tries: Sequence[Try], left: float) -> int | None:
+    """The longest length of which one step takes about the seconds that are left, to foresee the limit from. None where
+    that is hardly longer than what has fitted."""
+    best = max((one for one in tries if one.fits), key=lambda one: one.length, default=None)
+    if best is None or not best.step_s or left <= 0:
+        return None
+    found = _whole(best.length * math.sqrt(left / (1.6 * best.step_s)))
+    high = min((one.length for one in tries if not one.fits), default=None)
+    return found if found >= 1.25 * best.length and (high is None or found < high) else None
+
+
 def search(bench: Any, start: int, longest: int, end: float) -> tuple[list[Try], bool]:
     """(all tries, whether the search came to its end before `end` on the monotonic clock).
 
@@ -125,16 +136,23 @@ def search(bench: Any, start: int, longest: int, end: float) -> tuple[list[Try],
             if attempt(best.length, 3).fits:
                 return tries, True
         elif time.monotonic() + 1.2 * step * steps > end:
-            return tries, False
+            nearer = affordable(tries, end - time.monotonic())
+            if nearer is None:
+                return tries, False
+            attempt(nearer, 1)
         else:
             attempt(length, steps)
 
 
 def result(known: Line, tries: Sequence[Try], complete: bool) -> Line:
-    """The line of a search."""
+    """The line of a search. `foreseen_tokens`, of one that its time ended: what the line through the memory of its two
+    longest steps gives."""
     good = max((one for one in tries if one.fits), key=lambda one: one.length, default=None)
     bad = min((one.length for one in tries if not one.fits), default=None)
+    fitted = sorted((one for one in tries if one.fits), key=lambda one: one.length)
+    line = None if complete or len(fitted) < 2 else foreseen(fitted)
     found = {
+        "foreseen_tokens": None if line is None else int(min(line, bad or line)),
         "longest_tokens": good.length if good else None,
         "shortest_that_does_not_fit": bad,
         "complete": complete,

@@ -210,12 +210,23 @@ def _gb(size: float | None) -> str:
     return "–" if size is None else f"{size:.2f}"
 
 
-CONTEXT_HEADINGS = ("Model", "Device", "System", "Longest text, tokens", "With", "Peak, GB", "s a step", "Times")
+CONTEXT_HEADINGS = (
+    "Model",
+    "Device",
+    "System",
+    "Longest text, tokens",
+    "Foreseen",
+    "With",
+    "Peak, GB",
+    "s a step",
+    "Times",
+)
 
 
 def context_rows(lines: Sequence[Line], ours: str = "burnish") -> list[tuple[str, ...]]:
     """A row for each model, device, system and setting of the last run that has it (context.py), where that run has us
-    and another; `Times` compares our longest text with the longest of all others', whatever their settings."""
+    and another; `Times` compares our longest text with the longest of all others', whatever their settings. Where the
+    time of a search was over, that is the length foreseen from the memory of its longest steps."""
     found: list[tuple[str, ...]] = []
     last = {(line["model"], line["device"]): line["run"] for line in lines}
     for (model, device), run in sorted(last.items()):
@@ -223,19 +234,24 @@ def context_rows(lines: Sequence[Line], ours: str = "burnish") -> list[tuple[str
         if len({line["system"].startswith(ours) for line in here}) < 2:
             continue
         known = [line for line in here if line.get("longest_tokens")]
-        peers = [line["longest_tokens"] for line in known if not line["system"].startswith(ours)]
+        peers = [_reach(line) for line in known if not line["system"].startswith(ours)]
         for line in sorted(here, key=lambda line: (line["system"].startswith(ours), line.get("longest_tokens") or 0)):
             longest, times = line.get("longest_tokens"), ""
             if line["system"].startswith(ours) and longest and peers:
-                times = f"{longest / max(peers):.2f}×"
+                times = f"{_reach(line) / max(peers):.2f}×"
             shown = f"{longest:,}" if longest else "no result"
             shown += " or more" * bool(longest and not line.get("complete", True))
             step = line.get("step_s")
             found.append((
-                model, device, line["system"], shown, setting(line), _gb(gigabytes(line.get("peak_gib"))),
+                model, device, line["system"], shown, f"{_reach(line):,}" if line.get("foreseen_tokens") else "", setting(line), _gb(gigabytes(line.get("peak_gib"))),
                 "–" if step is None else f"{step:.1f}", times,
             ))  # fmt: skip
     return found
+
+
+def _reach(line: Line) -> int:
+    """The longest text of a search, foreseen where its time was over."""
+    return int(line.get("foreseen_tokens") or line["longest_tokens"])
 
 
 KEPT_HEADINGS = ("Model", "Device", "System", "Plain", "Selective", "Every layer computed again", "Offload")
