@@ -7,13 +7,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sentence_transformers import SentenceTransformerTrainingArguments as StockArguments
+from sentence_transformers.base.training_args import BaseTrainingArguments
+from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments as StockCrossEncoderArguments
 
 from .errors import ConfigError
 from .optimizer_checks import check_arguments
 
 
 @dataclass
-class TrainingArguments(StockArguments):
+class ExtraArguments(BaseTrainingArguments):
+    """What Burnish's trainers take beside Sentence Transformers' arguments: a mixin over those of each trainer."""
+
+    token_store: bool | str = field(default=True, metadata={"help": "Tokenise once: True, False or a folder."})
+    optimizer_in_backward: bool = field(default=False, metadata={"help": "Step each weight inside the backward."})
+    stochastic_rounding: bool = field(default=False, metadata={"help": "Round bfloat16 weights stochastically."})
+    sparse_embeddings: bool = field(default=False, metadata={"help": "Step only the rows of embeddings in a batch."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if not isinstance(self.token_store, bool | str | os.PathLike) or self.token_store == "":
+            what = f"{self.token_store!r} is neither True, False nor a folder"
+            raise ConfigError(what, where="token_store", fix="Leave it out for the user's cache")
+        if not isinstance(self.token_store, bool):
+            self.token_store = os.fspath(self.token_store)  # arguments are written down as JSON
+        check_arguments(self)
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+        elif self.dataloader_pin_memory:
+            settings: Any = self.accelerator_config
+            settings.non_blocking = True
+
+
+@dataclass
+class TrainingArguments(ExtraArguments, StockArguments):
     """Sentence Transformers' training arguments, and five more.
 
     On a CPU nothing is pinned: there is no device to copy to. On a GPU pinned batches are copied while it computes.
@@ -36,27 +62,11 @@ class TrainingArguments(StockArguments):
             run on the device.
     """
 
-    token_store: bool | str = field(default=True, metadata={"help": "Tokenise once: True, False or a folder."})
-    optimizer_in_backward: bool = field(default=False, metadata={"help": "Step each weight inside the backward."})
-    stochastic_rounding: bool = field(default=False, metadata={"help": "Round bfloat16 weights stochastically."})
-    sparse_embeddings: bool = field(default=False, metadata={"help": "Step only the rows of embeddings in a batch."})
-
     auto_batch: bool | int = field(default=False, metadata={"help": "Cut batches to fit: True, or a forward's tokens."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        if not isinstance(self.token_store, bool | str | os.PathLike) or self.token_store == "":
-            what = f"{self.token_store!r} is neither True, False nor a folder"
-            raise ConfigError(what, where="token_store", fix="Leave it out for the user's cache")
-        if not isinstance(self.token_store, bool):
-            self.token_store = os.fspath(self.token_store)  # arguments are written down as JSON
-        check_arguments(self)
+        super().__post_init__()
         self._check_auto_batch()
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False
-        elif self.dataloader_pin_memory:
-            settings: Any = self.accelerator_config
-            settings.non_blocking = True
 
     def _check_auto_batch(self) -> None:
         if not isinstance(self.auto_batch, int) or self.auto_batch < 0 or str(self.auto_batch) == "0":
@@ -68,3 +78,27 @@ class TrainingArguments(StockArguments):
         if self.auto_batch and self.optimizer_in_backward:
             what = "a step that has stepped some weights already cannot be run again"
             raise ConfigError(what, where="auto_batch, optimizer_in_backward", fix="Pass one of them")
+
+
+@dataclass
+class CrossEncoderTrainingArguments(ExtraArguments, StockCrossEncoderArguments):
+    """Sentence Transformers' training arguments for cross-encoders, and four more.
+
+    Args:
+        token_store, optimizer_in_backward, stochastic_rounding, sparse_embeddings: As in `TrainingArguments`.
+        auto_batch: Refused: a cross-encoder's loss cuts its batch itself, by a `mini_batch_size` of its own.
+
+    Raises:
+        ConfigError: For a value that is none of these, settings that contradict each other, or an optimizer that cannot
+            run on the device.
+    """
+
+    auto_batch: bool = field(default=False, metadata={"help": "Not for cross-encoders: their losses cut batches."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.auto_batch is not False:
+            fix = "Use CachedMultipleNegativesRankingLoss, or a loss with a mini_batch_size"
+            raise ConfigError(
+                "is not for cross-encoders, whose losses cut batches themselves", where="auto_batch", fix=fix
+            )

@@ -1,11 +1,11 @@
-"""Sentence Transformers' trainer with the optimizers that `burnish.TrainingArguments` chooses."""
+"""Sentence Transformers' trainers with the optimizers that `burnish.TrainingArguments` chooses."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformerTrainer as StockTrainer
+from sentence_transformers.base.trainer import BaseTrainer
 from torch import Tensor, nn
 
 from .errors import PluginError
@@ -14,8 +14,8 @@ from .optimizers import AdamW, InBackward, Rounding, clip, tables_of
 from .selection import choose_kernel
 
 
-class OptimizingTrainer(StockTrainer):
-    """`SentenceTransformerTrainer` that steps weights as its arguments say; see docs/optimizers.md.
+class OptimizingTrainer(BaseTrainer):
+    """A mixin over one of Sentence Transformers' trainers that steps weights as the arguments say: docs/optimizers.md.
 
     Raises:
         ConfigError: If they cannot be honoured for this model, loss or device.

@@ -257,7 +257,7 @@ def test_the_backend_lets_go_of_its_memory(fit: Fit, monkeypatch: pytest.MonkeyP
         made: StepContext = contexts[-1]
         return made
 
-    monkeypatch.setattr("burnish.core.trainer.StepContext", noted)
+    monkeypatch.setattr("burnish.core.step_trainer.StepContext", noted)
 
     def forgetful(trainer: Any) -> Any:
         step = build(trainer)
