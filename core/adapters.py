@@ -18,7 +18,7 @@ from .quantised import has_short_rows, layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .model import SentenceTransformer
+    from .prepared import Prepared
 
 
 _SHORT_ROWS = "on a CPU, PEFT reads 4-bit layers wrong whose inputs are no multiple of 64, and this model has some"
@@ -65,14 +65,14 @@ def add_lora(
     return notes + _reading_note(config)
 
 
-def split_saved(model: SentenceTransformer, names: Sequence[str] | None) -> tuple[list[str] | None, frozenset[str]]:
+def split_saved(model: Prepared, names: Sequence[str] | None) -> tuple[list[str] | None, frozenset[str]]:
     """`modules_to_save` in two: what PEFT finds in the transformer, and the classes of modules that come after it."""
     after = {type(module).__name__ for module in list(model.children())[1:] if any(True for _ in module.parameters())}
     inside = [name for name in names or () if name not in after]
     return inside or None, frozenset(names or ()) & after
 
 
-def freeze_after_pooling(model: SentenceTransformer, kept: frozenset[str]) -> list[str]:
+def freeze_after_pooling(model: Prepared, kept: frozenset[str]) -> list[str]:
     """Freeze what stands after the transformer (Dense layers), but for the classes in `kept`; what was done, in words.
 
     Under an adapter the model it was made for stays as it is. Such layers are saved with the adapter all the same.
@@ -104,7 +104,7 @@ def _widen(module: nn.Module, inputs: tuple[dict[str, Any], ...]) -> tuple[dict[
     return {**features, **halves}, *rest
 
 
-def check_adaptable(model: SentenceTransformer) -> PreTrainedModel:
+def check_adaptable(model: Prepared) -> PreTrainedModel:
     """The model's transformer, if it can take an adapter now.
 
     Raises:

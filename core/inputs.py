@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .model import SentenceTransformer
+    from .prepared import Prepared
 
 Notes = list[tuple[str, str]]
 
@@ -28,7 +28,7 @@ def texts_as_they_are(module: Any) -> Notes:
     return [("texts", "tokenised as they are, without the tokenizer's chat template")]
 
 
-def prompt_notes(model: SentenceTransformer, given: frozenset[str], *, bare: bool) -> Notes:
+def prompt_notes(model: Prepared, given: frozenset[str], *, bare: bool) -> Notes:
     """Give a model without `modules.json` its family's prompts, and say which prompts the model has and whence.
 
     Args:

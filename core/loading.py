@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .choices import BackendChoice, FamilyChoice, KernelChoice
-from .contracts import Family, FamilySpec, Machine
+from .contracts import Family, FamilySpec, Head, Machine
 from .errors import ConfigError, ModelError
 from .machine import describe
 from .options import LoadOptions
@@ -22,6 +22,9 @@ from .selection import choose_backend, choose_family, choose_kernel
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
+
+EMBED = "feature-extraction"
+"""Sentence Transformers' name for what the transformer of an embedding model is loaded for."""
 
 # The files whose presence decides how a repository is read.
 PROBED = (
@@ -71,13 +74,19 @@ class Decision:
     tables: KernelChoice | None
     packed: bool
     packed_reason: str
+    task: str
+
+    @property
+    def head(self) -> Head | None:
+        """How the task's head reads a packed batch; None for embeddings, and where the family does not say."""
+        return self.family.family.heads.get(self.task)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Decision:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         made = {"precision": self.precision, "packed": self.packed, "packed_reason": self.packed_reason}
-        return _decide_again, (self.options, self.config, self.device, self.base, made)
+        return _decide_again, (self.options, self.config, self.device, self.base, self.task, made)
 
 
 def read_repository(
@@ -169,7 +178,9 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: str | None = None) -> Decision:
+def decide(
+    options: LoadOptions, config: PretrainedConfig, device: str, base: str | None = None, task: str = EMBED
+) -> Decision:
     """Choose family, dtype, backend and input layout for a model with this config on this device.
 
     Args:
@@ -177,6 +188,7 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
         config: The transformer's config.
         device: Where the model goes, such as "cpu" or "cuda:1".
         base: The base model's name if the repository holds an adapter.
+        task: What the transformer is loaded for, by Sentence Transformers' name.
 
     Raises:
         PluginError, ConfigError, ModelError: Where something asked for cannot be had; see `selection` and `precision`.
@@ -192,7 +204,7 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
     backend = choose_backend(plugins, machine, options.backend)
     attention = choose_kernel(plugins, machine, "packed_attention")
     tables = None if options.embedding_storage is None else choose_kernel(plugins, machine, "gather_rows")
-    packed, reason = _packing(options, family.family, attention, machine)
+    packed, reason = _packing(options, family.family, attention, machine, task)
     offset = family.family.packing.position_offset if family.family.packing else 0
     if options.max_seq_length is not None:
         check_length(options.max_seq_length, config, offset)
@@ -208,6 +220,7 @@ def decide(options: LoadOptions, config: PretrainedConfig, device: str, base: st
     return Decision(
         options=options, config=config, device=device, base=base, machine=machine, registry=plugins, family=family,
         precision=precision, backend=backend, attention=attention, tables=tables, packed=packed, packed_reason=reason,
+        task=task,
     )  # fmt: skip
 
 
@@ -227,14 +240,14 @@ def _config_dtype(config: PretrainedConfig) -> torch.dtype | None:
 
 
 def _decide_again(
-    options: LoadOptions, config: PretrainedConfig, device: str, base: str | None, made: dict[str, Any]
+    options: LoadOptions, config: PretrainedConfig, device: str, base: str | None, task: str, made: dict[str, Any]
 ) -> Decision:
     """A pickled decision in the process that reads it; `made` is what has become of the model since."""
-    return replace(decide(options, config, device, base), **made)
+    return replace(decide(options, config, device, base, task), **made)
 
 
 def _packing(
-    options: LoadOptions, family: Family, attention: KernelChoice | None, machine: Machine
+    options: LoadOptions, family: Family, attention: KernelChoice | None, machine: Machine, task: str
 ) -> tuple[bool, str]:
     if options.purpose == "inference":
         return False, "inference: stock modules"
@@ -245,6 +258,8 @@ def _packing(
     obstacle = None
     if family.packing is None:
         obstacle = f"family {family.name} does not say that packed input is exact"
+    elif task != EMBED and task not in family.heads:
+        obstacle = f"family {family.name} does not say how a head for {task} reads packed input"
     elif attention is None:
         obstacle = f"no enabled plugin has the operation packed_attention for {machine.device}"
     if obstacle and options.packed:

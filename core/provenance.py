@@ -21,7 +21,7 @@ from .model_card import rows, section, with_section
 from .patching import PatchPlan
 
 if TYPE_CHECKING:
-    from .model import SentenceTransformer
+    from .prepared import Prepared
     from .registry import Registry
 
 Record: TypeAlias = dict[str, Any]
@@ -77,7 +77,7 @@ class Provenance:
         return "\n".join(f"  {name.lower():12} {value}" for name, value in rows(self.record, self.trainings))
 
 
-def record(model: SentenceTransformer, *, merged: bool = False) -> Record | None:
+def record(model: Prepared, *, merged: bool = False) -> Record | None:
     """What is known of how a model was set up for training, as plain values; None for one Burnish did not prepare.
 
     Args:
@@ -122,7 +122,7 @@ def record(model: SentenceTransformer, *, merged: bool = False) -> Record | None
     return {**made, "trained_with": [one for one in former if _set_up(one) != _set_up(made)][-KEPT:]}
 
 
-def write(model: SentenceTransformer, folder: Path, *, merged: bool = False) -> None:
+def write(model: Prepared, folder: Path, *, merged: bool = False) -> None:
     """Write a model's record into a folder it was just saved to, and into the model card if there is one.
 
     Args:
@@ -197,7 +197,7 @@ def _class(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _adapter(model: SentenceTransformer, merged: bool) -> Record | None:
+def _adapter(model: Prepared, merged: bool) -> Record | None:
     transformer = model.transformers_model
     if transformer is None or not getattr(transformer, "_hf_peft_config_loaded", False):
         return None

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sentence_transformers
 import torch
 from torch import Tensor, nn
 
@@ -19,14 +18,15 @@ from .stored_table import StoredTable
 from .tables import merged_table
 
 if TYPE_CHECKING:
+    from sentence_transformers.base.model import BaseModel
     from transformers import PreTrainedModel
 
-    from .model import SentenceTransformer
+    from .prepared import Prepared
 
 METHODS = ("merged_16bit", "merged_32bit", "lora")
 
 
-def _target_dtype(model: SentenceTransformer, save_method: str | None) -> torch.dtype:
+def _target_dtype(model: Prepared, save_method: str | None) -> torch.dtype:
     transformer = model.transformers_model
     assert transformer is not None
     loaded: torch.dtype = transformer.dtype
@@ -108,10 +108,8 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(dtype) if value.is_floating_point() else value.detach()
 
 
-def merged_model(
-    model: SentenceTransformer, save_method: str | None = None
-) -> sentence_transformers.SentenceTransformer:
-    """A plain `sentence_transformers.SentenceTransformer` of stock modules with the adapter folded in.
+def merged_model(model: Prepared, save_method: str | None = None) -> BaseModel:
+    """Sentence Transformers' own model, of stock modules with the adapter folded in.
 
     Raises:
         ConfigError: For an unknown `save_method`.
@@ -129,20 +127,7 @@ def merged_model(
     first.unpad_inputs = first.unpad_inputs  # its setter works out again, for stock attention, whether input is packed
     rest = [copy.deepcopy(module).to(dtype) for module in list(model.children())[1:]]
     modules: Any = OrderedDict(zip(model._modules, [first, *rest], strict=True))
-    prompts: Any = dict(model.prompts)
-    plain = sentence_transformers.SentenceTransformer(
-        modules=modules,
-        device=str(model.device),
-        prompts=prompts,
-        default_prompt_name=model.default_prompt_name,
-        similarity_fn_name=model.similarity_fn_name,
-        truncate_dim=model.truncate_dim,
-        model_card_data=copy.copy(model.model_card_data),
-    )
-    plain.module_kwargs = model.module_kwargs
-    plain._model_card_text = model._model_card_text
-    plain.eval()
-    return plain
+    return model.plain(modules)
 
 
 def _stock_transformer(transformer: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
@@ -185,7 +170,7 @@ def _restore_buffers(stock: nn.Module, source: nn.Module) -> None:
             stock.get_submodule(owner).register_buffer(leaf, live[name].detach().clone(), persistent=False)
 
 
-def save_merged(model: SentenceTransformer, path: Path, tokenizer: Any, save_method: str | None) -> None:
+def save_merged(model: Prepared, path: Path, tokenizer: Any, save_method: str | None) -> None:
     """Write the merged model to `path`, whole or not at all; with "lora", the adapter."""
     if save_method == "lora":
         model.save(path)
@@ -198,7 +183,7 @@ def save_merged(model: SentenceTransformer, path: Path, tokenizer: Any, save_met
         model.burnish.decision.registry.observers("model_saved")(model=model, folder=path)
 
 
-def push_merged(model: SentenceTransformer, repo_id: str, tokenizer: Any, save_method: str | None, **hub: Any) -> str:
+def push_merged(model: Prepared, repo_id: str, tokenizer: Any, save_method: str | None, **hub: Any) -> str:
     """Push the merged model; `hub` is what Sentence Transformers' `push_to_hub` takes."""
     if save_method == "lora":
         return str(model.push_to_hub(repo_id, **hub))
@@ -214,7 +199,7 @@ def push_merged(model: SentenceTransformer, repo_id: str, tokenizer: Any, save_m
     return str(plain.push_to_hub(repo_id, **hub))
 
 
-def _complete(model: SentenceTransformer, folder: Path, tokenizer: Any) -> None:
+def _complete(model: Prepared, folder: Path, tokenizer: Any) -> None:
     """Add what the plain model knows nothing of to the folder it was saved to."""
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))

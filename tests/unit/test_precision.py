@@ -149,7 +149,7 @@ def test_a_script_over_quantised_weights_waits_for_an_adapter() -> None:
 @pytest.mark.parametrize("device, expected", [("cpu", {"": "cpu"}), ("cuda:1", {"": "cuda:1"}), ("cuda", None)])
 def test_a_quantised_base_goes_where_it_was_asked_to(device: str, expected: Any) -> None:
     """transformers would take the current GPU; "cuda" is that."""
-    from burnish.core.model import _with_precision
+    from burnish.core.prepared import _with_precision
 
     decision: Any = SimpleNamespace(device=device, precision=choose({"quantization": "4bit"}))
     given = _with_precision({}, decision)
