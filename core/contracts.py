@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .checks import check, check_functions, check_members, check_name, check_tuples, check_types
 from .needs import DTYPES, DType
@@ -127,15 +127,29 @@ class Head:
     Args:
         reads: What of each text the head reads: its first token, its last token, the mean of its tokens, or every one.
         logits: From the model with its head, and the (N, hidden) vectors it reads (for "every", (T, hidden)), to the
-            (N, labels) logits (for "every", (T, labels)), as the model's own `forward` computes them from padded input.
+            (N, labels) logits (for "every", (T, labels)), as the model's own `forward` computes them from padded input,
+            in training mode too: its dropout is drawn here.
+        columns: From the same two and (K,) int64 columns to the (N, K) logits of these alone, without computing the
+            others; None where every column is computed. What a reranker that answers with a word of its vocabulary asks.
+        inside: Suffixes of module paths inside the base model that only this head reads, such as BERT's pooler. They
+            train, are saved and stay unquantised with the modules that stand outside of it.
     """
 
     reads: Literal["first", "last", "mean", "every"]
     logits: HeadRule
+    columns: ColumnRule | None = None
+    inside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_members(self, "reads", [self.reads], ("first", "last", "mean", "every"))
         check_functions(self, "logits")
+        check(self.columns is None or callable(self.columns), self, "columns is not a function")
+        check_tuples(self, "inside")
+
+
+def no_legacy(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rule of a family whose config has kept its keys."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,14 +160,20 @@ class Exports:
         gguf: The architecture's name in GGUF, or None where llama.cpp has none.
         onnx: Whether the stock module exports to ONNX.
         refused: Target to reason, for exports that are known to come out wrong.
+        legacy_config: From a config.json as transformers 5 writes it to the keys that transformers 4, TEI, vLLM and
+            llama.cpp's converter look for in it, to be written beside the others. `torch_dtype`, and `rope_theta` where
+            all layers share one, are there without it. A value that the older keys cannot hold is best given as None:
+            a reader that needs it stops, where its default would be another model.
     """
 
     gguf: str | None = None
     onnx: bool = True
     refused: Mapping[str, str] = field(default_factory=dict)
+    legacy_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = no_legacy
 
     def __post_init__(self) -> None:
         check_types(self, gguf=(str, NoneType), onnx=bool, refused=Mapping)
+        check_functions(self, "legacy_config")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +207,8 @@ class Patch:
 
 HeadRule: TypeAlias = "Callable[[PreTrainedModel, Tensor], Tensor]"
 """From the model with its head and the vectors that the head reads, to its logits."""
+ColumnRule: TypeAlias = "Callable[[PreTrainedModel, Tensor, Tensor], Tensor]"
+"""From the model with its head, the vectors that the head reads and the numbers of some columns, to those logits."""
 PoolingRule: TypeAlias = "Pooling | Callable[[PretrainedConfig, frozenset[str]], Pooling]"
 """A pooling, or a function of the config and the names of the repository's files."""
 SampleRule: TypeAlias = "Callable[[Literal['tiny', 'base']], PretrainedConfig]"

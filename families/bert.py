@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
@@ -49,9 +49,12 @@ def build(config: PretrainedConfig) -> Family:
         lora=LoraTargets(names=("query", "key", "value", "dense"), exclude=("pooler.dense",)),
         packing=Packing(position_offset=0),
         patches=patches,
-        heads={"sequence-classification": Head(reads="first", logits=classify)},
+        heads={"sequence-classification": Head(reads="first", logits=classify, inside=("pooler",))},
         exports=Exports(
-            gguf="bert", onnx=True, refused={"gguf-reranker": "the converter drops the pooler before the classifier"}
+            gguf="bert",
+            onnx=True,
+            refused={"gguf-reranker": "the converter drops the pooler before the classifier"},
+            legacy_config=older,
         ),
         leaves=(
             "under an adapter, query, key and value stay three GEMMs each layer",
@@ -76,6 +79,11 @@ def patches(model: PreTrainedModel, machine: Machine) -> Sequence[Patch]:
 def classify(model: Any, vectors: Tensor) -> Tensor:
     """(N, hidden) first tokens to (N, labels), by `BertForSequenceClassification`'s pooler and classifier."""
     return cast(Tensor, model.classifier(model.dropout(model.bert.pooler(vectors[:, None]))))
+
+
+def older(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What transformers 4 wrote of positions, and vLLM reads: each has a learned vector, the only kind that is left."""
+    return {"position_embedding_type": "absolute"}
 
 
 def sample(size: Literal["tiny", "base"]) -> PretrainedConfig:

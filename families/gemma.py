@@ -6,7 +6,7 @@ Transformers and come with its `modules.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
@@ -44,7 +44,7 @@ def build(config: PretrainedConfig) -> Family:
         ),
         prompts=PROMPTS if both_ways else {},
         heads={"sequence-classification": Head(reads="last", logits=classify)},
-        exports=Exports(gguf="gemma-embedding" if both_ways else "gemma3", onnx=True),
+        exports=Exports(gguf="gemma-embedding" if both_ways else "gemma3", onnx=True, legacy_config=older),
         leaves=(
             "RMSNorm is transformers' own, written as float32 operations: two thirds of the activations that are kept",
             "the 262,144-row embedding table trains dense: 16 bytes a weight in full fine-tuning, 3.2 GB",
@@ -55,6 +55,17 @@ def build(config: PretrainedConfig) -> Family:
 def classify(model: Any, vectors: Tensor) -> Tensor:
     """(N, hidden) last tokens to (N, labels), by `Gemma3TextForSequenceClassification`'s linear layer."""
     return cast(Tensor, model.score(vectors))
+
+
+def older(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary bases as transformers 4 and TEI read them. Only the layers that see the whole text may be scaled."""
+    rotary = config["rope_parameters"]
+    scaling = {key: value for key, value in rotary["full_attention"].items() if key != "rope_theta"}
+    return {
+        "rope_theta": rotary["full_attention"]["rope_theta"],
+        "rope_local_base_freq": rotary["sliding_attention"]["rope_theta"],
+        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+    }
 
 
 def sample(size: Literal["tiny", "base"]) -> PretrainedConfig:

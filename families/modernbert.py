@@ -6,7 +6,7 @@ Every third layer attends to the whole text (rotary base 160,000), the others to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
@@ -29,7 +29,7 @@ def build(config: PretrainedConfig) -> Family:
         lora=LoraTargets(names=("Wqkv", "Wo", "Wi"), exclude=("head.dense",)),
         packing=Packing(position_offset=0, sliding_window=True),
         heads={"sequence-classification": Head(reads=reads, logits=classify)},
-        exports=Exports(gguf="modern-bert", onnx=True),
+        exports=Exports(gguf="modern-bert", onnx=True, legacy_config=older),
         leaves=(
             "GeGLU, norms and rotary embedding are transformers' own: float32 copies of query and key each layer",
             "no dropout by default, and none is added",
@@ -40,6 +40,26 @@ def build(config: PretrainedConfig) -> Family:
 def classify(model: Any, vectors: Tensor) -> Tensor:
     """(N, hidden) pooled tokens to (N, labels), by `ModernBertForSequenceClassification`'s head."""
     return cast(Tensor, model.classifier(model.drop(model.head(vectors))))
+
+
+def older(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of transformers 4.48 to 4.57 and TEI; `layer_norm_eps` is what llama.cpp's converter wants."""
+    rotary = config["rope_parameters"]
+    return {
+        "global_rope_theta": rotary["full_attention"]["rope_theta"],
+        "local_rope_theta": rotary["sliding_attention"]["rope_theta"],
+        "global_attn_every_n_layers": every(config["layer_types"]),
+        "layer_norm_eps": config["norm_eps"],
+        "position_embedding_type": "absolute",  # as in the published config.json; nothing computes it
+    }
+
+
+def every(layer_types: Sequence[str]) -> int | None:
+    """n where just the layers 0, n, 2n, … attend to the whole text; None where it is others, which the older key cannot
+    say."""
+    whole = [place for place, kind in enumerate(layer_types) if kind == "full_attention"]
+    step = whole[1] if len(whole) > 1 else len(layer_types)
+    return step if whole == list(range(0, len(layer_types), step)) else None
 
 
 def sample(size: Literal["tiny", "base"]) -> PretrainedConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
@@ -55,7 +55,7 @@ def build(config: PretrainedConfig) -> Family:
         packing=Packing(position_offset=int(config.pad_token_id or 0) + 1),
         patches=patches,
         heads={"sequence-classification": Head(reads="first", logits=classify)},
-        exports=Exports(gguf="bert", onnx=True),
+        exports=Exports(gguf="bert", onnx=True, legacy_config=older),
         leaves=(
             "the 250,002-row embedding table trains dense: 16 bytes a weight in full fine-tuning, 4.1 GB for bge-m3",
             "under an adapter, query, key and value stay three GEMMs each layer",
@@ -79,6 +79,11 @@ def patches(model: PreTrainedModel, machine: Machine) -> Sequence[Patch]:
 def classify(model: Any, vectors: Tensor) -> Tensor:
     """(N, hidden) first tokens to (N, labels), by `XLMRobertaForSequenceClassification`'s dense and tanh head."""
     return cast(Tensor, model.classifier(vectors[:, None]))
+
+
+def older(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What transformers 4 wrote of positions, and vLLM reads: each has a learned vector, the only kind that is left."""
+    return {"position_embedding_type": "absolute"}
 
 
 def sample(size: Literal["tiny", "base"]) -> PretrainedConfig:
