@@ -130,7 +130,7 @@ class Head:
             (N, labels) logits (for "every", (T, labels)), as the model's own `forward` computes them from padded input,
             in training mode too: its dropout is drawn here.
         columns: From the same two and (K,) int64 columns to the (N, K) logits of these alone, without computing the
-            others; None where every column is computed. What a reranker that answers with a word of its vocabulary asks.
+            others; None where every column is computed. For a reranker that answers with a word of its vocabulary.
         inside: Suffixes of module paths inside the base model that only this head reads, such as BERT's pooler. They
             train, are saved and stay unquantised with the modules that stand outside of it.
     """

@@ -161,6 +161,18 @@ def has_transformer(name: str, **hub: Any) -> bool:
     return path is None or str(_first_module(path)["type"]).rpartition(".")[2] == "Transformer"
 
 
+def saved_task(name: str, **hub: Any) -> str:
+    """What a repository with a `modules.json` loads its transformer for."""
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.util import load_file_path
+
+    path = load_file_path(name, "modules.json", **hub)
+    assert path is not None
+    first = _first_module(path)
+    settings = Transformer.load_config(name, subfolder=str(first.get("path", "")), **hub)
+    return str(settings.get("transformer_task", EMBED))
+
+
 def _first_module(modules_json: str) -> dict[str, Any]:
     first: dict[str, Any] = json.loads(Path(modules_json).read_text(encoding="utf-8"))[0]
     return first

@@ -56,6 +56,8 @@ class LoadOptions:
         packed: Unpadded input: True (must be had), False, or None (where the family and the device gain by it).
         max_seq_length: Longest text in tokens, or None for the model's own.
         attention: The attention implementation that `model_kwargs` names, or None.
+        task: "sequence-classification" or "text-generation": the head that a cross-encoder is loaded with; None is what
+            the repository says.
         quiet: Say nothing about what was chosen.
     """
 
@@ -73,6 +75,7 @@ class LoadOptions:
     packed: bool | None = None
     max_seq_length: int | None = None
     attention: str | None = None
+    task: str | None = None
     quiet: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -223,6 +223,36 @@ class PackedInput:
         name_attention(self.module.model, self.attention_before)
         self.module.model_forward_params = self.forward_params_before
         self.module.unpad_inputs = self.module.unpad_inputs  # its setter works the rest out again
+
+
+@dataclass(frozen=True, slots=True)
+class Flattening:
+    """Texts and pairs in one row, as transformers' `DataCollatorWithFlattening` lays them out, with their token types.
+
+    Args:
+        filler: The token that stands for a text without any, as one of padding tokens alone does in padded input. None
+            leaves it empty.
+    """
+
+    filler: int | None
+
+    def __call__(self, texts: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
+        """Tokens of each text to `input_ids`, `position_ids` and, where there are any, `token_type_ids` (1, T) int64;
+        `cu_seq_lens_q` and `_k` (N + 1,) int32; `max_length_q` and `_k`."""
+        filled = {} if self.filler is None else {"input_ids": [self.filler], "token_type_ids": [0]}
+        rows = [text if text["input_ids"] else {**text, **filled} for text in texts]
+        lengths = [len(row["input_ids"]) for row in rows]
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        kinds = ["input_ids", *(["token_type_ids"] if "token_type_ids" in texts[0] else [])]
+        batch: dict[str, Any] = {
+            kind: torch.tensor([token for row in rows for token in row[kind]], dtype=torch.int64)[None]
+            for kind in kinds
+        }
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+        longest = max(lengths)
+        return batch | {
+            "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest
+        }  # fmt: skip
 
 
 def pack_inputs(module: Transformer, packing: Packing, attention: str) -> PackedInput:

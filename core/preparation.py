@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling as Poolin
 
 from .adapters import wake_adapters
 from .checkpointing import check_checkpointing, disable_checkpointing, enable_checkpointing
-from .loading import Decision
+from .loading import EMBED, Decision
 from .options import Checkpointing
 from .packing import PackedInput, pack_inputs, register_attention
 from .patching import PatchPlan
@@ -32,7 +32,7 @@ class Preparation:
         decision: Family, dtype, backend and input layout, with reasons.
         plan: The patches, with what became of each.
         packed: Packed input, or None where the input stays padded.
-        pooling: Where the pooling came from.
+        pooling: Where the pooling came from; of a model with a task head, what the head reads.
         notes: Further (what, how) rows: prompts, chat template, layers after the pooling.
         checkpointing: What gradient checkpointing does, or "off".
         recompute: What was asked of it.
@@ -56,7 +56,7 @@ class Preparation:
             ("family", f"{family.family.name} ({family.plugin.label}; {family.reason})"),
             ("weights", str(self.decision.precision)),
             *([("embeddings", self.embeddings)] if self.embeddings else []),
-            ("pooling", self.pooling),
+            ("pooling" if self.decision.task == EMBED else "head", self.pooling),
             *self.notes,
             ("input", f"{'packed' if self.packed else 'padded'} ({self.decision.packed_reason})"),
             ("backend", f"{backend.spec.name} ({backend.reason})"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Qwen3Config
 
 from ..core.contracts import Exports, Family, FamilySpec, Head, LoraTargets, Packing, Pooling
@@ -34,7 +35,7 @@ def build(config: PretrainedConfig) -> Family:
         prompts=PROMPTS,
         heads={
             "sequence-classification": Head(reads="last", logits=classify),
-            "text-generation": Head(reads="last", logits=predict),
+            "text-generation": Head(reads="last", logits=predict, columns=predict_some),
         },
         exports=Exports(gguf="qwen3", onnx=True),
         leaves=(
@@ -52,6 +53,14 @@ def classify(model: Any, vectors: Tensor) -> Tensor:
 def predict(model: Any, vectors: Tensor) -> Tensor:
     """(N, hidden) last tokens to (N, vocabulary): a reranker's score is the "yes" column minus the "no" column."""
     return cast(Tensor, model.lm_head(vectors))
+
+
+def predict_some(model: Any, vectors: Tensor, columns: Tensor) -> Tensor:
+    """(N, hidden) last tokens and (K,) words to their (N, K) logits: two rows of 151,669 where a reranker asks."""
+    head = model.lm_head
+    if type(head) is not nn.Linear:  # adapted, quantised or held in float32: its own forward knows how
+        return predict(model, vectors).index_select(-1, columns)
+    return functional.linear(vectors, head.weight.index_select(0, columns))
 
 
 def sample(size: Literal["tiny", "base"]) -> PretrainedConfig:
