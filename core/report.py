@@ -116,20 +116,9 @@ def write_report(path: Path, report: RunReport) -> None:
     Raises:
         ConfigError: matplotlib or jinja2, the extra `report`, is not installed.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ConfigError(
-            f"the report needs {error.name}, which is not installed", fix="pip install 'burnish[report]'"
-        ) from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["signed"] = signed
-    environment.globals |= {"duration": duration, "setting": setting}
-    template = environment.from_string((files(__package__) / "report_template.html.j2").read_text(encoding="utf-8"))
+    template = page_template("report_template.html.j2")
+    from markupsafe import Markup
+
     history = [(int(row["step"]), float(row["loss"])) for row in report.history if math.isfinite(row["loss"])]
     improved, worsened = examples(report)
     result = report.after or report.before
@@ -145,7 +134,39 @@ def write_report(path: Path, report: RunReport) -> None:
         worsened=worsened,
         patches=grouped(report.patches),
     )
-    # A text with half a surrogate pair (valid in JSON, not in UTF-8) must not cost the user the page.
+    write_page(path, html)
+
+
+def page_template(name: str) -> Any:
+    """A page of this folder as a jinja2 template that escapes every value and knows the reports' own words.
+
+    Raises:
+        ConfigError: matplotlib or jinja2, the extra `report`, is not installed.
+    """
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"the report needs {error.name}, which is not installed", fix="pip install 'burnish[report]'"
+        ) from error
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda part: (files(__package__) / part).read_text(encoding="utf-8")),
+    )
+    environment.filters["signed"] = signed
+    environment.globals |= {"duration": duration, "setting": setting}
+    return environment.get_template(name)
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write a page whole or not at all.
+
+    A text with half a surrogate pair (valid in JSON, not in UTF-8) must not cost the user the page.
+    """
     write_atomic(path, html.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -291,7 +312,7 @@ def loss_chart(history: Sequence[tuple[int, float]]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
         axes.margins(x=0.01)
 
-    return _svg("loss", f"Loss from {history[0][1]:.3f} to {history[-1][1]:.3f} over {history[-1][0]} steps", draw)
+    return svg("loss", f"Loss from {history[0][1]:.3f} to {history[-1][1]:.3f} over {history[-1][0]} steps", draw)
 
 
 def bar_chart(report: RunReport) -> str:
@@ -317,22 +338,29 @@ def bar_chart(report: RunReport) -> str:
     words = "; ".join(
         f"{row['title']} " + ", ".join(f"{when} {row[when].mean:.3f}" for when, _ in series) for row in rows
     )
-    return _svg("bars", words, draw)
+    return svg("bars", words, draw)
 
 
-def _svg(name: str, words: str, draw: Any) -> str:
-    """What `draw` paints on axes, as an SVG element in the page's colours and fonts, its ids its own.
+def svg(
+    name: str,
+    words: str,
+    draw: Any,
+    size: tuple[float, float] = (WIDTH, HEIGHT),
+    style: Mapping[Any, Any] | None = None,
+) -> str:
+    """What `draw` paints on axes of `size` inches, as an SVG element in the page's colours and fonts, its ids its own.
 
     Made with matplotlib's objects alone: neither pyplot's figures nor the user's backend or style are touched.
     """
     import matplotlib
+    import matplotlib.style
     from markupsafe import escape
-    from matplotlib import style
     from matplotlib.figure import Figure
 
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with style.context("default"), matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    settings = {**STYLE, **(style or {}), "svg.hashsalt": name}
+    with matplotlib.style.context("default"), matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
