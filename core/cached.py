@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor, nn
 
 from . import stream
+from .parking import on_the_host
 
 Embed: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
 """From a stream, with the keys of `stream.flatten`, to the embeddings of its texts, (N + M, D)."""
@@ -93,12 +94,17 @@ def in_parts(
     """(N, D) or more rows: the embeddings of a stream in forwards of at most `budget` tokens, with all their graphs.
 
     For layers that keep their input on the host: the device holds the activations of one layer of one forward, however
-    long the stream is, and nothing is embedded twice. Arguments as `cached_step`'s.
+    long the stream is, and nothing is embedded twice. What comes after the layers is kept on the host too.
+    Arguments as `cached_step`'s.
     """
     if batch[stream.IDS].shape[1] <= budget:
         return embed(batch)
     chunks = cut(batch, budget, filler=filler, fit=fit, fit_longest=fit_longest)
-    return torch.cat([embed(chunk)[: sum(chunk[stream.COLUMNS])] for chunk in chunks])
+    parts = []
+    for chunk in chunks:
+        with on_the_host():
+            parts.append(embed(chunk)[: sum(chunk[stream.COLUMNS])])
+    return torch.cat(parts)
 
 
 def cached_step(
