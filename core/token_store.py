@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import xxhash
 from numpy.typing import NDArray
 
@@ -100,20 +101,58 @@ def texts_in_chunks(dataset: Any, column: str) -> Iterator[Any]:
 
     Args:
         dataset: A `datasets.Dataset`; whatever its format, the texts are those that it holds.
-        column: A column of strings.
+        column: A column of strings, or of lists of strings, whose texts come one after another.
 
     Raises:
         DataError: If a text is missing.
     """
     rows = dataset.with_format("arrow", columns=[column])
-    for start in range(0, len(dataset), CHUNK):
-        texts = rows[start : start + CHUNK].column(0).cast(pa.large_string()).combine_chunks()
-        if isinstance(texts, pa.ChunkedArray):
-            texts = pa.concat_arrays(texts.chunks)
-        if texts.null_count:
-            row = start + int(np.flatnonzero(texts.is_null().to_numpy(zero_copy_only=False))[0])
-            raise DataError("there is no text", where=f"row {row} of column {column}", fix="Leave the row out")
-        yield texts
+    held, count = list[Any](), 0  # of lists, what does not fill a chunk yet
+    step = CHUNK if getattr(dataset.features[column], "dtype", "") in ("string", "large_string") else CHUNK // 16
+    for start in range(0, len(dataset), step):
+        found = rows[start : start + step].column(0)
+        _check_whole(found, start, column)
+        if not is_list(found.type):
+            yield _joined([found.cast(pa.large_string())])
+            continue
+        texts = pc.list_flatten(found)
+        _check_whole(texts, start, column, within=pc.list_parent_indices(found))
+        held, count = [*held, texts.cast(pa.large_string())], count + len(texts)
+        if count >= CHUNK:
+            whole = _joined(held)
+            ready = count - count % CHUNK
+            yield from (whole.slice(place, CHUNK) for place in range(0, ready, CHUNK))
+            held, count = [whole.slice(ready)], count - ready
+    if count:
+        yield _joined(held)
+
+
+def list_bounds(dataset: Any, column: str) -> NDArray[np.int64]:
+    """(rows + 1,): the first text of each row of a column of lists, counted over all rows, and their number."""
+    rows = dataset.with_format("arrow", columns=[column])
+    parts = [rows[start : start + CHUNK].column(0) for start in range(0, len(dataset), CHUNK)]
+    lengths = [np.asarray(pc.list_value_length(part).to_numpy(), np.int64) for part in parts]
+    return np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
+
+
+def is_list(kind: Any) -> bool:
+    """Whether an Arrow type is one of lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One Arrow array of several, chunked or not."""
+    chunks = [chunk for part in parts for chunk in (part.chunks if isinstance(part, pa.ChunkedArray) else [part])]
+    return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
+
+
+def _check_whole(found: Any, start: int, column: str, within: Any = None) -> None:
+    """Refuse a text, or a list, that is missing; `within` says which row each text of lists is of."""
+    if not found.null_count:
+        return
+    place = int(np.flatnonzero(found.is_null().to_numpy())[0])
+    row = start + (place if within is None else int(within[place].as_py()))
+    raise DataError("there is no text", where=f"row {row} of column {column}", fix="Leave the row out")
 
 
 def content_hash(dataset: Any, column: str) -> str:
@@ -135,7 +174,7 @@ def token_column(dataset: Any, column: str, recipe: Recipe, folder: Path, say: C
 
     Args:
         dataset: A `datasets.Dataset`.
-        column: A column of strings.
+        column: A column of strings, or of lists of strings, which are taken one after another.
         recipe: How they are tokenised.
         folder: Of all stores: from `store_folder`.
         say: Told, in one line, of a damaged store or of deleted ones.
@@ -171,7 +210,7 @@ def token_column(dataset: Any, column: str, recipe: Recipe, folder: Path, say: C
 
 
 def _write(dataset: Any, column: str, recipe: Recipe, place: Path) -> None:
-    tokens = 0
+    tokens = written = 0
     with atomic_folder(place) as staging:
         file = staging / _FILE
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
@@ -181,8 +220,8 @@ def _write(dataset: Any, column: str, recipe: Recipe, place: Path) -> None:
                 np.cumsum(lengths, out=bounds[1:])
                 lists = pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(values))
                 writer.write_batch(pa.record_batch([lists], schema=_SCHEMA))
-                tokens += len(values)
-        about = {"texts": len(dataset), "tokens": tokens, "digest": _digest(file)}
+                tokens, written = tokens + len(values), written + len(texts)
+        about = {"texts": written, "tokens": tokens, "digest": _digest(file)}
         about |= {"column": column, "tokenizer": recipe.name, "prompt": recipe.prompt, "longest": recipe.max_length}
         (staging / _ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
 

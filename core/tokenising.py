@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,9 @@ def why_not(model: Any) -> str | None:
     """Why a model's texts cannot be tokenised ahead of its own preprocessing; None if they can."""
     ours = ("sentence_transformers.", f"{__package__}.")
     preprocess = getattr(type(model), "preprocess", None)
-    if "preprocess" in vars(model) or not getattr(preprocess, "__module__", "").startswith(ours):
+    bound = vars(model).get("preprocess")  # a trainer of ours may have bound one that knows these tokens
+    theirs = bound is not None and not type(bound).__module__.startswith(f"{__package__}.")
+    if theirs or not getattr(preprocess, "__module__", "").startswith(ours):
         return "the model has a preprocess of its own"
     if any(type(module).__name__ == "Router" for module in model.modules()):
         return "the model routes texts"
@@ -59,6 +61,9 @@ class Recipe:
         prompt: What stands before each text.
     """
 
+    special_tokens: ClassVar[bool] = True
+    """Whether the tokens that stand around a text are among its own."""
+
     def __init__(self, model: Any, prompt: str | None = None) -> None:
         self.model, self.prompt = model, prompt or ""
         self.max_length = model.max_seq_length
@@ -82,7 +87,8 @@ class Recipe:
         settings = [getattr(tokenizer, name, None) for name in named]
         settings += [getattr(first, "do_lower_case", None), getattr(first, "processing_kwargs", None)]
         versions = [f"{name} {version(name)}" for name in _LIBRARIES]
-        for part in (self.name, repr(settings), self.prompt, str(self.max_length), *versions):
+        apart = () if self.special_tokens else ("no special tokens",)
+        for part in (self.name, repr(settings), self.prompt, str(self.max_length), *versions, *apart):
             digest.update(f"{len(part)}:{part}".encode())
         if tokenizer.is_fast:
             digest.update(_serialised(tokenizer.backend_tokenizer).encode())
@@ -128,7 +134,8 @@ class Recipe:
         return np.array_equal(lengths[sample], own_lengths) and np.array_equal(found, own)
 
     def _short(self, texts: list[str]) -> Flat:
-        encode = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
+        plain = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
+        encode = partial(plain, add_special_tokens=self.special_tokens)
         slices = [texts[start : start + _SLICE] for start in range(0, len(texts), _SLICE)]
         if self.prompt:
             slices = [[self.prompt + text for text in part] for part in slices]

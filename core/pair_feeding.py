@@ -1,0 +1,265 @@
+"""A cross-encoder's run, tokenised once: its loader, whose batches hold texts that carry their tokens.
+
+Sentence Transformers' losses for cross-encoders get columns of texts, make pairs of them, and have the model tokenise
+each pair in every step. Here the same columns reach the same losses, as `TokenisedText`s.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from .feeding import format_refusal, text_columns
+from .pair_tokens import PairRecipe, TextRecipe, TokenisedText
+from .token_store import TokenColumn, list_bounds, store_folder, token_column
+from .tokenising import why_not
+
+_ROW = "burnish_row"
+_TEXT = ("string", "large_string")
+_SAMPLES = 24
+"""Rows of a data set whose pairs are compared with the model's own preprocessing."""
+
+
+def refusal(model: Any, dataset: Any, collator: Any) -> str | None:
+    """Why a run's texts cannot be tokenised ahead; None if they can.
+
+    Args:
+        model: A CrossEncoder.
+        dataset: What the run trains on.
+        collator: The run's collator.
+    """
+    from datasets import Dataset as Stored  # type: ignore[import-untyped]
+    from datasets import DatasetDict
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer
+
+    if getattr(model, "burnish", None) is None or model.burnish.packed is None:
+        return "the input is padded"
+    own: type[Any] = CrossEncoderTrainer.data_collator_class
+    if type(collator) is not own:
+        return "a data collator was given"
+    if collator.router_mapping:
+        return "columns are routed"
+    if reason := why_not(model) or PairRecipe(model).why_not():
+        return reason
+    for part in dataset.values() if isinstance(dataset, DatasetDict) else [dataset]:
+        if not isinstance(part, Stored):
+            return f"the data set is a {type(part).__name__}"
+        if reason := format_refusal(part):
+            return reason
+        for name in text_columns(part, collator):
+            feature = part.features[name]
+            if getattr(getattr(feature, "feature", feature), "dtype", None) not in _TEXT:
+                return f"column {name} holds no plain texts, nor lists of them"
+    return None
+
+
+@dataclass(slots=True, kw_only=True)
+class TextColumn:
+    """A column's tokens: of one text a row, or of a list of them.
+
+    Args:
+        tokens: Of all texts, one after another.
+        prompt: What stands before each.
+        bounds: (rows + 1,) the first text of each row; None where each row has one.
+    """
+
+    tokens: TokenColumn
+    prompt: str = ""
+    bounds: NDArray[np.int64] | None = None
+
+    def of(self, row: int, texts: Any) -> Any:
+        """What row `row` holds, with its tokens."""
+        if self.bounds is None:
+            return TokenisedText(texts, self.tokens[row], self.prompt)
+        first = int(self.bounds[row])
+        return [TokenisedText(text, self.tokens[first + place], self.prompt) for place, text in enumerate(texts)]
+
+
+class NumberedRows(Dataset[dict[str, Any]]):
+    """The rows of data sets one after another, each with its number among them."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        self.starts = [0, *accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
+        number = bisect_right(self.starts, rows[0]) - 1
+        low, high = self.starts[number], self.starts[number + 1]
+        if low <= min(rows) and max(rows) < high:
+            found = self.parts[number].__getitems__([row - low for row in rows])
+        else:  # a sampler of the user's own may mix data sets
+            numbers = [bisect_right(self.starts, row) - 1 for row in rows]
+            found = [self.parts[one][row - self.starts[one]] for one, row in zip(numbers, rows, strict=True)]
+        return [{**texts, _ROW: row} for texts, row in zip(found, rows, strict=True)]
+
+
+@dataclass(slots=True, kw_only=True)
+class PairCollator:
+    """Sentence Transformers' own collator, for rows with numbers, whose texts get their tokens first.
+
+    Args:
+        stock: It.
+        columns: Of each data set, the columns of texts by name.
+        starts: The number of each data set's first row.
+    """
+
+    stock: Any
+    columns: list[dict[str, TextColumn]]
+    starts: list[int]
+
+    @property
+    def valid_label_columns(self) -> Any:
+        """Which columns are labels, by name."""
+        return self.stock.valid_label_columns
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch: what the stock collator makes of the rows."""
+        batch: dict[str, Any] = self.stock([self.marked(row) for row in rows])
+        return batch
+
+    def marked(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row without its number, its texts with their tokens."""
+        number = bisect_right(self.starts, row[_ROW]) - 1
+        columns, place = self.columns[number], row[_ROW] - self.starts[number]
+        return {
+            name: columns[name].of(place, value) if name in columns else value
+            for name, value in row.items()
+            if name != _ROW
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class PairFeed:
+    """A run's rows, how to collate them, and how its pairs are put together; the figures say what tokenising did."""
+
+    rows: NumberedRows
+    collator: PairCollator
+    recipe: PairRecipe
+    texts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    spent: float = 0.0
+    folder: str = ""
+    unlike: str | None = field(default=None)
+    """What the model's own preprocessing makes otherwise; None where it makes the same."""
+
+    def said(self) -> str:
+        """One line on what was tokenised, and where it is."""
+        how = f"tokenised in {self.seconds:.1f} s into" if self.seconds else "found tokenised in"
+        return f"{self.texts:,} texts, {self.tokens:,} tokens, {how} {self.folder} (ready in {self.spent:.1f} s)"
+
+    def loader(self, stock: DataLoader[Any]) -> DataLoader[Any]:
+        """A loader of these rows, in the order and with the workers of Sentence Transformers' own."""
+        return DataLoader(
+            self.rows, batch_sampler=stock.batch_sampler, collate_fn=self.collator, num_workers=stock.num_workers,
+            pin_memory=stock.pin_memory, persistent_workers=stock.persistent_workers,
+            prefetch_factor=stock.prefetch_factor,
+        )  # fmt: skip
+
+
+def feed(
+    model: Any, dataset: Any, stock: Any, recipe: PairRecipe, *, folder: str | None, say: Callable[[str], None]
+) -> PairFeed:
+    """Tokenise a run's texts, or find them tokenised, and compare pairs of them with the model's own preprocessing.
+
+    Args:
+        model: A packed CrossEncoder.
+        dataset: What `refusal` lets pass: a `Dataset` or a `DatasetDict`.
+        stock: The run's collator: its prompts and label columns hold.
+        recipe: How pairs are put together; it is settled for the run's prompts.
+        folder: Of the token stores; None for the user's cache.
+        say: Told, in one line, what is worth knowing.
+
+    Raises:
+        BurnishError: If the stores cannot be written.
+        DataError: If a text is missing.
+    """
+    started = time.perf_counter()
+    parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+    place = store_folder(folder)
+    recipes = {"": TextRecipe(model)}
+    columns = []
+    for part in parts:
+        transform = part.format["format_kwargs"].get("transform")
+        name = None if transform is None else transform.keywords.get("dataset_name")
+        prompt = stock._resolve_scalar(stock.prompts, {} if name is None else {"dataset_name": name}) or ""
+        recipes.setdefault(prompt, TextRecipe(model, prompt))
+        columns.append(_columns(part, text_columns(part, stock), prompt, recipes, place, say))
+    rows = NumberedRows(parts)
+    collator = PairCollator(stock=stock, columns=columns, starts=rows.starts[:-1])
+    found = [column.tokens for each in columns for column in each.values()]
+    made = PairFeed(
+        rows=rows, collator=collator, recipe=recipe, texts=sum(map(len, found)),
+        tokens=sum(column.tokens for column in found), seconds=sum(column.seconds for column in found),
+        folder=str(place),
+    )  # fmt: skip
+    made.unlike = next((why for number in range(len(parts)) if (why := _settle(made, number, recipes))), None)
+    made.spent = time.perf_counter() - started
+    return made
+
+
+def _columns(
+    part: Any, names: Sequence[str], prompt: str, recipes: Mapping[str, TextRecipe], place: Any, say: Any
+) -> dict[str, TextColumn]:
+    """A data set's columns; the prompt stands before the first text of a pair, which is of the first of them."""
+    found = {}
+    for number, name in enumerate(names):
+        before = "" if number else prompt
+        bounds = list_bounds(part, name) if hasattr(part.features[name], "feature") else None
+        tokens = token_column(part, name, recipes[before], place, say)
+        found[name] = TextColumn(tokens=tokens, prompt=before, bounds=bounds)
+    return found
+
+
+def _settle(made: PairFeed, number: int, recipes: Mapping[str, TextRecipe]) -> str | None:
+    """Compare pairs of one data set, the longest and the shortest texts among them, with the model's preprocessing."""
+    columns, rows = list(made.collator.columns[number].values()), made.rows
+    size = rows.starts[number + 1] - rows.starts[number]
+    if not size or not columns:
+        return None
+    chosen = {*range(0, size, max(1, size // _SAMPLES))}
+    for column in columns:
+        lengths = column.tokens.lengths()
+        if column.bounds is not None:  # of a list, the longest text that begins in it
+            lengths = np.asarray([lengths[first:last].max(initial=0) for first, last in _spans(column.bounds)])
+        order = np.argsort(lengths, kind="stable")
+        chosen |= {int(place) for place in (*order[:2], *order[-4:])}
+    found = rows.__getitems__([rows.starts[number] + place for place in sorted(chosen)])
+    names = list(made.collator.columns[number])
+    texts = [[_listed(made.collator.marked(row)[name]) for name in names] for row in found]
+    samples: list[Any] = [
+        (one, other) for first, *others in texts for one in first for rest in others for other in rest
+    ]
+    if len(names) == 1:
+        samples = [one for first, *_ in texts for one in first]
+    if not samples:
+        return None
+    # The first text and the last of the sample meet too: losses make pairs of any rows.
+    if len(names) > 1:
+        samples += [(one[0], other[1]) for one, other in zip(samples, reversed(samples), strict=True)]
+    return made.recipe.settle(samples, recipes, columns[0].prompt)
+
+
+def _spans(bounds: NDArray[np.int64]) -> list[tuple[int, int]]:
+    return list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+__all__ = ["NumberedRows", "PairCollator", "PairFeed", "TextColumn", "feed", "refusal"]
