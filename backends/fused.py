@@ -7,7 +7,6 @@ as the warm-up that capture needs; the graph is captured at its second and repla
 
 from __future__ import annotations
 
-import random
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 
 from ..core.contracts import BackendSpec, Needs, Step, StepContext
 from ..core.hookspecs import hookimpl
+from .graphs import GRAPHS, Gradients, host_random, load
+from .inner_graphs import InnerGraphs
 from .regions import regions_of
-
-# Shapes with a graph at a time. All graphs share one memory pool, so that another costs its loss and its launch
-# records, a few MiB; the least recently used goes first.
-GRAPHS = 32
 
 
 @dataclass(slots=True)
@@ -37,7 +34,8 @@ class Graph:
 
 
 class FusedStep:
-    """A training step that replays one CUDA graph for each shape of batch.
+    """A training step that replays one CUDA graph for each shape of batch, or two, of the model's forward and backward,
+    where the rest of the step works on the host (`StepContext.inner`).
 
     `counts` says how many steps were replayed, captured and run without a graph, the latter by reason.
     `capture_seconds` is what warm-ups' captures took.
@@ -47,20 +45,28 @@ class FusedStep:
         self.context = context
         self.regions = regions_of(context)
         self.counts: Counter[str] = Counter()
-        self.capture_seconds = 0.0
+        self.gradients = Gradients()
+        self.inner: InnerGraphs | None = None
+        if context.inner is not None:
+            self.inner = InnerGraphs(context.inner, context.model, self.gradients, self.counts, context.say)
+        self._seconds = 0.0
         self._parameters = list(context.model.parameters())
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._warmed: dict[Hashable, list[nn.Parameter]] = {}
         self._refused: dict[Hashable, str] = {}
-        self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._pool: Any = None
         self._never = _uncapturable(context)
 
+    @property
+    def capture_seconds(self) -> float:
+        """Seconds that captures took."""
+        return self._seconds + (self.inner.capture_seconds if self.inner is not None else 0.0)
+
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], items: Any) -> Tensor:
-        if self._never is not None:
-            return self._without(model, batch, items, self._never)
-        if (work := self.context.host_work(batch)) is not None:
-            return self._without(model, batch, items, work)
+        if (never := self._never or self.context.host_work(batch)) is not None:
+            return self._without(model, batch, items, never)
+        if self.inner is not None:
+            with self.regions.active(), self.inner.active():
+                return self.context.eager(model, batch, items)
         key = self._key(batch, items)
         if key in self._refused:
             return self._without(model, batch, items, self._refused[key])
@@ -76,9 +82,10 @@ class FusedStep:
 
     def forget(self) -> None:
         """Let go of all graphs, of the memory that they and the gradients hold, and of what was found out of shapes."""
-        for kept in (self._graphs, self._warmed, self._refused, self._gradients):
+        for kept in (self._graphs, self._warmed, self._refused, self.gradients):
             kept.clear()
-        self._pool = None
+        if self.inner is not None:
+            self.inner.forget()
 
     def _key(self, batch: Mapping[str, Any], items: Any) -> Hashable:
         """What a captured step must find unchanged: shapes, constants, and where the weights lie."""
@@ -99,27 +106,10 @@ class FusedStep:
     def _warm(self, key: Hashable, model: nn.Module, batch: Mapping[str, Any], items: Any) -> Tensor:
         """A shape's first step; it shows which parameters get gradients, and whether the host draws random numbers."""
         self.counts["warm-up"] += 1
-        trained: dict[nn.Parameter, None] = {}
-        hooks, lent = [], []
-        for weight in self._parameters:
-            if not weight.requires_grad:
-                continue
-            if weight.grad is None and weight in self._gradients:  # rather than a second set of gradients
-                weight.grad = self._gradients[weight].zero_()
-                lent.append(weight)
-            watched: Any = weight
-            hooks.append(watched.register_post_accumulate_grad_hook(trained.setdefault))
-        state = _host_random()
-        try:
-            with self.regions.active():
-                loss = self.context.eager(model, batch, items)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for weight in lent:
-                if weight not in trained:
-                    weight.grad = None
-        if _host_random() != state:
+        state = host_random()
+        with self.gradients.watched(self._parameters) as trained, self.regions.active():
+            loss = self.context.eager(model, batch, items)
+        if host_random() != state:
             self._refused[key] = "the step draws random numbers on the host"
         self._warmed[key] = list(trained)
         return loss
@@ -128,68 +118,38 @@ class FusedStep:
         started = time.perf_counter()
         trained = self._warmed[key]
         inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        kept = {weight: weight.grad for weight in trained}
-        for weight in trained:
-            if weight not in self._gradients:
-                self._gradients[weight] = torch.zeros_like(weight)
-            weight.grad = self._gradients[weight]
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # what the warm-up held: the graph's own pool holds as much
         graph = torch.cuda.CUDAGraph()
         try:
             # The loader's thread pins memory meanwhile, which only this mode of capture allows.
-            with self.regions.active(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with (
+                self.gradients.in_place(trained) as pool,
+                self.regions.active(),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            ):
                 loss = self.context.eager(model, dict(inputs), items)
         except RuntimeError as error:
-            _end_failed_capture()
-            self._pool = None  # torch takes it for one that is still being captured into
+            self.gradients.end_failed_capture()
             self._refused[key] = f"this step cannot be captured ({str(error).splitlines()[0]})"
             return None
-        finally:
-            for weight, grad in kept.items():
-                weight.grad = grad
         while len(self._graphs) >= GRAPHS:
             self._graphs.popitem(last=False)
         found = self._graphs[key] = Graph(graph, inputs, loss, trained)
         self.counts["captured"] += 1
-        self.capture_seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
         return found
 
     def _replay(self, graph: Graph, batch: Mapping[str, Any]) -> Tensor:
-        for name, value in graph.inputs.items():
-            if isinstance(value, Tensor):
-                value.copy_(batch[name], non_blocking=True)
-        fresh = []
-        for weight in graph.trained:
-            own = self._gradients[weight]
-            if weight.grad is None:
-                fresh.append(own)
-            elif weight.grad is not own:
-                own.copy_(weight.grad)
-            weight.grad = own
-        if fresh:
-            torch._foreach_zero_(fresh)
+        load(graph.inputs, batch)
+        self.gradients.ready(graph.trained)
         graph.graph.replay()
         self.counts["replayed"] += 1
         return graph.loss.clone()
 
 
-def _end_failed_capture() -> None:
-    """A capture that failed leaves torch's generator in capture mode, where it refuses every number: give it a copy."""
-    torch.cuda.synchronize()
-    generator: Any = torch.cuda.default_generators[torch.cuda.current_device()]
-    generator.graphsafe_set_state(generator.clone_state())
-
-
-def _host_random() -> tuple[Any, ...]:
-    return random.getstate(), torch.get_rng_state().numpy().tobytes()
-
-
 def _uncapturable(context: StepContext) -> str | None:
     """Why no step of this run can be captured; None if they can."""
     losses = context.loss.values() if isinstance(context.loss, dict) else [context.loss]
-    for loss in losses:
+    for loss in losses if context.inner is None else ():
         # What a loss does on the host, a graph does not do again: ours and Sentence Transformers' are known.
         if not type(loss).__module__.startswith(("sentence_transformers.", "burnish.")):
             return f"{type(loss).__name__} is not a loss that Burnish knows to be the same in every step"
