@@ -243,8 +243,9 @@ def context_rows(lines: Sequence[Line], ours: str = "burnish") -> list[tuple[str
             shown += " or more" * bool(longest and not line.get("complete", True))
             step = line.get("step_s")
             found.append((
-                model, device, line["system"], shown, f"{_reach(line):,}" if line.get("foreseen_tokens") else "", setting(line), _gb(gigabytes(line.get("peak_gib"))),
-                "–" if step is None else f"{step:.1f}", times,
+                model, device, line["system"], shown, f"{_reach(line):,}" if line.get("foreseen_tokens") else "",
+                setting(line), _gb(gigabytes(line.get("peak_gib"))), "–" if step is None else f"{step:.1f}",
+                times,
             ))  # fmt: skip
     return found
 
