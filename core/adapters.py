@@ -44,8 +44,9 @@ def add_lora(
     """
     from peft import LoraConfig
 
-    targets, excluded, notes = _targets(transformer, family.lora, target_modules)
     _check_saved_modules(transformer, lora.get("modules_to_save"))
+    saved = _inside(transformer, lora.get("modules_to_save") or ())
+    targets, excluded, notes = _targets(transformer, family.lora, target_modules, saved)
     settings = {"task_type": "FEATURE_EXTRACTION", **{key: value for key, value in lora.items() if value is not None}}
     settings |= _initialisation(settings)
     _check_quantised(transformer, settings)
@@ -65,11 +66,11 @@ def add_lora(
     return notes + _reading_note(config)
 
 
-def split_saved(model: Prepared, names: Sequence[str] | None) -> tuple[list[str] | None, frozenset[str]]:
+def split_saved(model: Prepared, names: Sequence[str] | None) -> tuple[list[str], frozenset[str]]:
     """`modules_to_save` in two: what PEFT finds in the transformer, and the classes of modules that come after it."""
     after = {type(module).__name__ for module in list(model.children())[1:] if any(True for _ in module.parameters())}
     inside = [name for name in names or () if name not in after]
-    return inside or None, frozenset(names or ()) & after
+    return inside, frozenset(names or ()) & after
 
 
 def freeze_after_pooling(model: Prepared, kept: frozenset[str]) -> list[str]:
@@ -110,7 +111,7 @@ def check_adaptable(model: Prepared) -> PreTrainedModel:
     Raises:
         ModelError: If it cannot.
     """
-    fix = "Load it with FastSentenceTransformer.from_pretrained(name)"
+    fix = f"Load it with Fast{getattr(model, 'model_type', 'SentenceTransformer')}.from_pretrained(name)"
     preparation = getattr(model, "burnish", None)  # a plain SentenceTransformer has none
     if preparation is None or model.transformers_model is None:
         raise ModelError("this model was not loaded by Burnish", where="get_peft_model", fix=fix)
@@ -125,17 +126,26 @@ def check_adaptable(model: Prepared) -> PreTrainedModel:
     return model.transformers_model
 
 
-def _targets(transformer: PreTrainedModel, default: LoraTargets, asked: Any) -> tuple[Any, list[str], list[str]]:
-    """(target_modules, exclude_modules, notes) for PEFT."""
+def _inside(transformer: PreTrainedModel, saved: Iterable[str]) -> list[str]:
+    """The linear layers that are, or stand inside of, modules that train in full."""
     linear = [name for name, module in transformer.named_modules() if _is_linear(module)]
-    dead = [name for name in linear if _named(name, default.exclude)]
+    return [full for full in linear if any(f".{name}." in f".{full}." for name in saved)]
+
+
+def _targets(
+    transformer: PreTrainedModel, default: LoraTargets, asked: Any, saved: Sequence[str]
+) -> tuple[Any, list[str], list[str]]:
+    """(target_modules, exclude_modules, notes) for PEFT; layers in `saved` train in full and take no adapter."""
+    linear = [name for name, module in transformer.named_modules() if _is_linear(module)]
+    headed = transformer.base_model is not transformer
+    dead = [name for name in linear if name in saved or _named(name, default.exclude)]
     if isinstance(asked, str):  # PEFT's own forms: a regular expression over full names, or "all-linear"
         everything = [name for name, _ in transformer.named_modules() if name]
         targets: Any = [name for name in linear if name not in dead] if asked == "all-linear" else asked
         if asked != "all-linear" and not any(_matches(asked, name) for name in everything):
             fix = f"It is a regular expression over full names. For layers by name pass a list: [{asked!r}]"
             raise ConfigError(f"{asked!r} matches no module", where="target_modules", fix=fix)
-        return targets, dead, _dead_note(dead)
+        return targets, dead, _left_out(dead, saved, headed)
     if asked is None:
         names: Sequence[str] = default.names or sorted({name.rsplit(".", 1)[-1] for name in linear if name not in dead})
     else:
@@ -150,7 +160,7 @@ def _targets(transformer: PreTrainedModel, default: LoraTargets, asked: Any) -> 
                 f"no module is called {name!r}", where="target_modules", fix=f"Linear layers here: {', '.join(known)}"
             )
     hit = [name for name in dead if _named(name, names)]
-    return list(names), hit, _dead_note(hit)
+    return list(names), hit, _left_out(hit, saved, headed)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -265,8 +275,12 @@ def lora_layers(transformer: nn.Module, default: LoraTargets) -> tuple[list[str]
     return [name for name in linear if name not in dead and (not default.names or _named(name, default.names))], dead
 
 
-def _dead_note(dead: list[str]) -> list[str]:
-    return [f"{name} gets no adapter: nothing reads its output" for name in dead]
+def _left_out(layers: list[str], saved: Sequence[str], headed: bool) -> list[str]:
+    """Why these layers get no adapter."""
+    trained = [name for name in layers if name in saved]
+    told = [f"{', '.join(trained)}: trained and saved in full, no adapter"] if trained else []
+    why = "it belongs to the head, which stays as it is" if headed else "nothing reads its output"
+    return [*told, *(f"{name} gets no adapter: {why}" for name in layers if name not in saved)]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -341,7 +355,22 @@ def mend_saved(folder: Path) -> None:
 
 
 def float32_adapters(transformer: PreTrainedModel) -> None:
-    """Hold trainable adapter weights in float32: a bfloat16 one loses updates smaller than 1/256 of itself."""
+    """Hold trainable weights in float32: a bfloat16 one loses updates smaller than 1/256 of itself. Adapter layers take
+    what a narrower base gives them; modules that train in full are handed it in float32."""
+    from peft.utils import ModulesToSaveWrapper
+
     for parameter in transformer.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
+    for module in transformer.modules():
+        if isinstance(module, ModulesToSaveWrapper) and _widen_inputs not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_widen_inputs)
+
+
+def _widen_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Narrow tensors in float32, where the module's own weights are."""
+    first = next((one for one in module.parameters() if one.requires_grad), None)
+    if first is None or first.dtype != torch.float32:
+        return inputs
+    narrow = (torch.float16, torch.bfloat16)
+    return tuple(one.float() if isinstance(one, torch.Tensor) and one.dtype in narrow else one for one in inputs)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,12 +23,12 @@ from sentence_transformers.sentence_transformer.modules import Pooling as Poolin
 from torch import Tensor
 
 from . import saving
-from .adapters import adapter_base
+from .adapters import adapter_base, freeze_after_pooling, split_saved
 from .contracts import Inner
 from .errors import ConfigError
-from .heads import fresh_modules, read_vectors
+from .heads import fresh_modules, head_modules, read_vectors
 from .inputs import prompt_notes
-from .loading import EMBED, Repository, saved_task
+from .loading import EMBED, Repository, saved_task, skeleton
 from .packing import Flattening, pool_packed
 from .preparation import Preparation, describe_pooling
 from .prepared import Prepared
@@ -57,9 +58,28 @@ class CrossEncoder(Prepared, Stock):
     stock = Stock
     packed_scores: Inner | None = None
     fresh: tuple[str, ...] = ()
+    _asked_labels: int | None = None
     _columns: tuple[tuple[int, ...], Tensor] | None = None
 
+    def _load_modules(self, model_name_or_path: str, *args: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+        self._asked_labels = (keywords.get("config_kwargs") or {}).get("num_labels")
+        try:
+            return super()._load_modules(model_name_or_path, *args, **keywords)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error) or self._asked_labels is None:
+                raise
+            what = f"the checkpoint's head does not have {self._asked_labels} labels"
+            fix = "Leave it out, or pass model_kwargs={'ignore_mismatched_sizes': True} for a fresh head"
+            raise ConfigError(what, where="num_labels", fix=fix) from error
+
     def _task_of(self, repository: Repository, hub: Mapping[str, Any]) -> str:
+        task = self._named_task(repository, hub)
+        if task == GENERATE and self._asked_labels not in (None, 1):
+            fix = f"Leave it out, or pass task={CLASSIFY!r} for a head of its own"
+            raise ConfigError("a vocabulary's answer is one score", where="num_labels", fix=fix)
+        return task
+
+    def _named_task(self, repository: Repository, hub: Mapping[str, Any]) -> str:
         options = self._options
         if options.pooling_mode is not None:
             raise ConfigError("a cross-encoder reads one token of each pair", where="pooling_mode", fix="Drop it")
@@ -88,6 +108,17 @@ class CrossEncoder(Prepared, Stock):
         }
         return [Transformer(model_name_or_path, transformer_task=CLASSIFY, **given)], {}
 
+    def _spare_head(self, settings: Any, repository: Repository, task: str, trust: bool) -> Any:
+        if task == EMBED:
+            return settings
+        assert self._pending is not None
+        names = head_modules(skeleton(repository, task, trust), self._pending[1].head)
+        spared = copy.deepcopy(settings)
+        # transformers takes regular expressions over full names, and leaves out fewer by itself.
+        kept = [rf"{re.escape(name)}(?=\.|$)" for name in names]
+        spared.llm_int8_skip_modules = [*(settings.llm_int8_skip_modules or []), *kept]
+        return spared
+
     def _meet(self, first: Any) -> None:
         self.fresh = tuple(fresh_modules(first.model))
         text = first.model.config.get_text_config()
@@ -106,7 +137,31 @@ class CrossEncoder(Prepared, Stock):
             if isinstance(module, PoolingModule):
                 pool_packed(module)
         if decision.options.purpose != "inference":
+            if decision.base is not None:
+                freeze_after_pooling(self, self.saved_modules(None)[1])
             preparation.notes += prompt_notes(self, self._given_prompts, bare=False)
+
+    @property
+    def peft_task(self) -> str:
+        """PEFT's name for what this model does."""
+        assert self.burnish is not None
+        names = {CLASSIFY: "SEQ_CLS", GENERATE: "CAUSAL_LM"}
+        return names.get(self.burnish.decision.task, super().peft_task)
+
+    def saved_modules(self, names: Sequence[str] | None) -> tuple[list[str], frozenset[str]]:
+        """By default a classification head trains in full, as everything does that is not in the checkpoint."""
+        assert self.burnish is not None and self.transformers_model is not None
+        decision = self.burnish.decision
+        head = head_modules(self.transformers_model, decision.head) if decision.task == CLASSIFY else []
+        inside, kept = split_saved(self, names)
+        if names is None:
+            inside = head
+            kept = frozenset(type(module).__name__ for module in list(self.children())[1:])
+        lost = [name for name in self.fresh if not any(f".{part}." in f".{name}." for part in inside)]
+        if names is not None and lost:
+            what = f"{', '.join(lost)} was drawn at random, and would neither train nor be saved"
+            raise ConfigError(what, where="modules_to_save", fix="Leave it out, or name that too")
+        return [*inside, *lost], kept
 
     def _describe(self, preparation: Preparation) -> str:
         decision = preparation.decision
@@ -152,8 +207,9 @@ class CrossEncoder(Prepared, Stock):
         asked = tuple(number for number in (score.true_token_id, score.false_token_id) if number is not None)
         known = self._columns
         if known is None or known[0] != asked or known[1].device != vectors.device:
-            # Kept, for a captured step can copy nothing from the host.
-            known = self._columns = (asked, torch.tensor(asked, device=vectors.device))
+            # Kept, for a captured step can copy nothing from the host; made so that a backward may use it later.
+            with torch.inference_mode(False):
+                known = self._columns = (asked, torch.tensor(asked, device=vectors.device))
         logits = head.columns(transformer, vectors, known[1])
         return logits if len(asked) == 1 else logits[:, :1] - logits[:, 1:]
 
@@ -180,11 +236,10 @@ class CrossEncoder(Prepared, Stock):
         return cast(Stock, saving.merged_model(self, save_method))
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "activation_fn": self.activation_fn,
-            "keep_in_fp32_modules": self.keep_in_fp32_modules,
-            "model_card_data": copy.copy(self.model_card_data),
-        }
+        settings = {"activation_fn": self.activation_fn, "model_card_data": copy.copy(self.model_card_data)}
+        if names := getattr(self, "keep_in_fp32_modules", None):  # Sentence Transformers 6.2
+            settings["keep_in_fp32_modules"] = names
+        return settings
 
     def _complete(self, folder: Path) -> None:
         """Beside an adapter lies no config of its model: its labels go where Sentence Transformers looks for them."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .choices import Considered
 from .contracts import BackendSpec, CommandSpec, ExporterSpec, FamilySpec, KernelSpec
 from .discovery import Plugin, find, installed
-from .loading import Decision, Repository, decide, read_repository
+from .loading import Decision, Repository, decide, read_repository, skeleton
 from .options import LoadOptions, Purpose
 from .patching import PatchPlan
 from .registry import Failure, Registry, registry
@@ -112,7 +112,7 @@ def explain(
     options = LoadOptions(purpose=purpose, backend=backend, plugins=named, quiet=True)
     repository = read_repository(model, trust_remote_code=trust_remote_code, plugins=named)
     decision = decide(options, repository.config, device or get_device_name(), base=repository.base)
-    transformer = _skeleton(repository, trust_remote_code)
+    transformer = skeleton(repository, decision.task, trust_remote_code)
     left = [("-", line) for line in decision.family.family.leaves]
     return [
         ("Model", _model_rows(repository)),
@@ -123,18 +123,6 @@ def explain(
         ("LoRA", _lora_rows(decision, transformer)),
         ("Left on the table", left or [("-", "nothing that the family knows of")]),
     ]
-
-
-def _skeleton(repository: Repository, trust_remote_code: bool) -> PreTrainedModel:
-    """The transformer on the meta device: every module and name, no weight."""
-    import torch
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            repository.config, trust_remote_code=trust_remote_code
-        )
-    return model
 
 
 def _model_rows(repository: Repository) -> list[tuple[str, str]]:

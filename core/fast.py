@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .adapters import add_lora, check_adaptable, freeze_after_pooling, split_saved
-from .errors import ConfigError, ModelError
-from .loading import first_line
+from .errors import ConfigError
+from .fast_common import KEEP, adapt, load
 from .model import SentenceTransformer
-from .options import (
-    EmbeddingStorage,
-    LoadOptions,
-    checkpointing_option,
-    dtype_of,
-    model_kwargs_dtype,
-    one_of,
-    purpose_of,
-    quantization_of,
-)
-from .preparation import set_checkpointing
-from .quantised import size
-from .tables import check_untouched, hidden_size
+from .options import EmbeddingStorage
 
 if TYPE_CHECKING:
     import torch
-
-_KEEP: Any = object()
 
 
 class FastSentenceTransformer:
@@ -121,52 +104,19 @@ class FastSentenceTransformer:
             ModelError: If the model cannot be loaded as asked.
             PluginError: If a plugin that is needed is missing, broken or in conflict.
         """
-        import torch
-
-        given = dict(model_kwargs or {})
-        placement = one_of("device_map", device_map, "model_kwargs['device_map']", given.pop("device_map", None))
-        if device is not None and placement is not None:
-            raise ConfigError("both are given", where="device, device_map", fix="Pass one of them")
-        if placement is not None:
-            given["device_map"] = placement
-        options = LoadOptions(
-            purpose=purpose_of(full_finetuning=full_finetuning, for_inference=for_inference),
-            dtype=one_of("dtype", dtype_of(dtype), "model_kwargs['dtype']", model_kwargs_dtype(given)),
-            quantization=quantization_of(
-                load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit
-            ),
-            quantization_config=given.get("quantization_config"),
-            sixteen_bit=load_in_16bit,
-            pooling_mode=pooling_mode,
-            checkpointing=checkpointing_option(use_gradient_checkpointing) or activation_budget_gb is not None,
-            activation_budget_gb=activation_budget_gb,
-            embedding_storage=embedding_storage,
-            backend=backend,
-            plugins=None if plugins is None else (plugins,) if isinstance(plugins, str) else tuple(plugins),
-            packed=packed,
-            max_seq_length=max_seq_length,
-            attention=given.get("attn_implementation"),
-        )
-        processor = one_of("processor_kwargs", processor_kwargs, "tokenizer_kwargs", tokenizer_kwargs)
-        with torch.random.fork_rng(), _plain_errors(os.fspath(model_name)):
-            torch.manual_seed(random_state)
-            return SentenceTransformer(
-                os.fspath(model_name),
-                options=options,
-                device=device,
-                token=token,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                local_files_only=local_files_only,
-                cache_folder=one_of("cache_folder", cache_folder, "cache_dir", cache_dir),
-                truncate_dim=truncate_dim,
-                prompts=None if prompts is None else dict(prompts),
-                similarity_fn_name=_similarity(similarity_fn_name),
-                model_card_data=model_card_data,
-                model_kwargs=given,
-                processor_kwargs=dict(processor or {}),
-                config_kwargs=dict(config_kwargs or {}),
-            )
+        return load(
+            SentenceTransformer, model_name, max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, full_finetuning=full_finetuning,
+            for_inference=for_inference, pooling_mode=pooling_mode,
+            use_gradient_checkpointing=use_gradient_checkpointing, activation_budget_gb=activation_budget_gb,
+            embedding_storage=embedding_storage, backend=backend, device=device, token=token, revision=revision,
+            trust_remote_code=trust_remote_code, device_map=device_map, local_files_only=local_files_only,
+            cache_folder=cache_folder, truncate_dim=truncate_dim, prompts=prompts,
+            similarity_fn_name=_similarity(similarity_fn_name), model_card_data=model_card_data,
+            model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, config_kwargs=config_kwargs,
+            plugins=plugins, packed=packed, random_state=random_state, tokenizer_kwargs=tokenizer_kwargs,
+            cache_dir=cache_dir,
+        )  # fmt: skip
 
     @staticmethod
     def get_peft_model(
@@ -185,7 +135,7 @@ class FastSentenceTransformer:
         layers_pattern: str | Sequence[str] | None = None,
         max_seq_length: int | None = None,
         task_type: str | None = None,
-        use_gradient_checkpointing: bool | str = _KEEP,
+        use_gradient_checkpointing: bool | str = KEEP,
         random_state: int = 3407,
     ) -> SentenceTransformer:
         """Put a LoRA adapter (Hu et al. 2021) on the model, in place; returns the same model.
@@ -214,17 +164,6 @@ class FastSentenceTransformer:
             ConfigError: If a target names no module, or PEFT refuses a setting.
             ModelError: If the model cannot take an adapter.
         """
-        option = None if use_gradient_checkpointing is _KEEP else checkpointing_option(use_gradient_checkpointing)
-        transformer = check_adaptable(model)
-        assert model.burnish is not None
-        family = model.burnish.decision.family.family
-        if max_seq_length is not None:
-            model.check_max_seq_length(max_seq_length)
-        if option is not None:
-            set_checkpointing(model.burnish, transformer, option, "use_gradient_checkpointing")
-        inside, kept = split_saved(model, modules_to_save)
-        check_untouched(transformer, inside or (), "modules_to_save")
-        check_untouched(transformer, target_modules or (), "target_modules")
         lora = {
             "r": r,
             "lora_alpha": lora_alpha,
@@ -232,26 +171,16 @@ class FastSentenceTransformer:
             "bias": bias,
             "use_rslora": use_rslora,
             "use_dora": use_dora,
-            "modules_to_save": inside,
             "layers_to_transform": layers_to_transform,
             "init_lora_weights": init_lora_weights,
             "loftq_config": dict(loftq_config) if loftq_config else None,
             "layers_pattern": layers_pattern,
             "task_type": task_type,
         }
-        notes = add_lora(transformer, family, random_state=random_state, target_modules=target_modules, lora=lora)
-        notes += freeze_after_pooling(model, kept)
-        if max_seq_length is not None:
-            model.max_seq_length = max_seq_length
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        total = sum(size(parameter) for parameter in model.parameters()) + hidden_size(transformer)
-        lines = [
-            f"adapter on {total / 1e6:.1f}M weights: {trained / 1e6:.2f}M to train ({trained / total:.2%})",
-            *notes,
-        ]
-        if not model.burnish.decision.options.quiet:
-            print("\n".join(f"burnish: {line}" for line in lines), file=sys.stderr)
-        return model
+        return adapt(
+            model, lora, target_modules=target_modules, modules_to_save=modules_to_save, max_seq_length=max_seq_length,
+            use_gradient_checkpointing=use_gradient_checkpointing, random_state=random_state,
+        )  # fmt: skip
 
 
 def _similarity(name: str | None) -> str | None:
@@ -261,13 +190,3 @@ def _similarity(name: str | None) -> str | None:
     if name is not None and str(getattr(name, "value", name)) not in known:
         raise ConfigError(f"{name!r} is unknown", where="similarity_fn_name", fix=f"Pass one of {', '.join(known)}")
     return name
-
-
-@contextmanager
-def _plain_errors(model_name: str) -> Iterator[None]:
-    """Say in one line what the Hub, the disk or Sentence Transformers could not find."""
-    try:
-        yield
-    except OSError as error:
-        fix = "Check the name or path, and the connection and token if it is on the Hub"
-        raise ModelError(f"cannot be loaded ({first_line(error)})", where=f"model {model_name}", fix=fix) from error

@@ -67,12 +67,14 @@ def head_modules(transformer: PreTrainedModel, head: Head | None) -> list[str]:
 def fresh_modules(transformer: PreTrainedModel) -> list[str]:
     """Paths of the modules of a model just read, not quantised, whose own weights the checkpoint does not have.
 
-    transformers marks what it has read; what it has not, it has drawn at random.
+    transformers marks what it has read; what it has not, it has drawn at random. What an adapter brings is read later.
     """
+    adapter = (".lora_", ".modules_to_save.", ".original_module")
     return [
-        name
+        name.removesuffix(".base_layer")
         for name, module in transformer.named_modules()
-        if any(
+        if not any(part in name for part in adapter)
+        and any(
             parameter.is_floating_point() and not getattr(parameter, "_is_hf_initialized", False)
             for parameter in module.parameters(recurse=False)
         )

@@ -21,7 +21,7 @@ from .selection import choose_backend, choose_family, choose_kernel
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 EMBED = "feature-extraction"
 """Sentence Transformers' name for what the transformer of an embedding model is loaded for."""
@@ -159,6 +159,22 @@ def has_transformer(name: str, **hub: Any) -> bool:
 
     path = load_file_path(name, "modules.json", **hub)
     return path is None or str(_first_module(path)["type"]).rpartition(".")[2] == "Transformer"
+
+
+def skeleton(repository: Repository, task: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The transformer on the meta device, with its head: every module and name, no weight."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kinds: dict[str, Any] = {
+        "sequence-classification": AutoModelForSequenceClassification,
+        "text-generation": AutoModelForCausalLM,
+    }
+    with torch.device("meta"):
+        model: PreTrainedModel = kinds.get(task, AutoModel).from_config(
+            repository.config, trust_remote_code=trust_remote_code
+        )
+    return model
 
 
 def saved_task(name: str, **hub: Any) -> str:

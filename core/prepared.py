@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 
 from . import saving
-from .adapters import adapter_base, mend_saved, read_adapter
+from .adapters import adapter_base, mend_saved, read_adapter, split_saved
 from .errors import ConfigError
 from .files import atomic_folder
 from .loading import EMBED, Decision, Repository, check_length, decide, has_transformer, read_repository
@@ -97,6 +97,8 @@ class Prepared(BaseModel):
         self._pending = (repository, decision)
         self.trained_with = recall(model_name_or_path, decision, **hub)
         keywords["model_kwargs"] = _with_precision(keywords.get("model_kwargs"), decision)
+        if settings := keywords["model_kwargs"].get("quantization_config"):
+            keywords["model_kwargs"]["quantization_config"] = self._spare_head(settings, repository, task, trust)
         modules: tuple[Any, dict[str, Any]] = super()._load_modules(model_name_or_path, *args, **keywords)
         if decision.options.purpose != "inference":
             first = modules[0][0] if isinstance(modules[0], list) else next(iter(modules[0].values()))
@@ -113,6 +115,10 @@ class Prepared(BaseModel):
     def _task_of(self, repository: Repository, hub: Mapping[str, Any]) -> str:
         """What the transformer in a repository is loaded for, by Sentence Transformers' name; raises what is wrong."""
         return EMBED
+
+    def _spare_head(self, settings: Any, repository: Repository, task: str, trust: bool) -> Any:
+        """The quantisation config, with a task head left out of it."""
+        return settings
 
     def _meet(self, first: Any) -> None:
         """Look at the first module as it was read, before anything is done to it."""
@@ -141,6 +147,19 @@ class Prepared(BaseModel):
 
     def _finish(self, preparation: Preparation, *, bare: bool) -> None:
         """Prepare what stands behind the transformer, and note it; `bare` without a `modules.json`."""
+
+    @property
+    def peft_task(self) -> str:
+        """PEFT's name for what this model does."""
+        return "FEATURE_EXTRACTION"
+
+    def saved_modules(self, names: Sequence[str] | None) -> tuple[list[str], frozenset[str]]:
+        """`modules_to_save` in two: modules of the transformer, and classes of modules that come after it.
+
+        Raises:
+            ConfigError: If the adapter would leave out what the model cannot be loaded again without.
+        """
+        return split_saved(self, names)
 
     def check_max_seq_length(self, tokens: int) -> int:
         """`tokens`, if texts may be that long.
