@@ -37,6 +37,8 @@ STALE = (
     "adapter_model.bin",
     "sentence_bert_config.json",
     "burnish.json",
+    "deploy.json",
+    "golden.json",
     "config_sentence_transformers.json",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,11 +18,12 @@ from . import saving
 from .adapters import adapter_base, mend_saved, read_adapter, split_saved
 from .errors import ConfigError
 from .files import atomic_folder
+from .layout import check_layout
 from .loading import EMBED, Decision, Repository, check_length, decide, has_transformer, read_repository
 from .options import LoadOptions, model_kwargs_dtype
 from .precision import PrecisionChoice
 from .preparation import Preparation, attention_name, prepare, set_checkpointing
-from .provenance import Provenance, write
+from .provenance import Provenance
 from .quantised import check_intact, settle
 from .recall import recall
 from .tables import base_folder, store_tables, undo_tables
@@ -177,15 +179,20 @@ class Prepared(BaseModel):
         create_model_card: bool = True,
         train_datasets: list[str] | None = None,
         safe_serialization: bool = True,
+        layout: str = "compatible",
     ) -> None:
         """Save to a folder: the adapter where there is one (with all that is needed to load it again), else the model.
 
-        The folder appears whole or not at all. Burnish and plain Sentence Transformers both load it.
+        The folder appears whole or not at all. Burnish and plain Sentence Transformers both load it; so do, in the
+        layout "compatible", Sentence Transformers from 3.4, transformers from 4.48 and the servers in docs/serving.md.
+        `deploy.json` and `golden.json` in it tell how to serve the model and how to check that. With `layout="native"`
+        the files are those that the installed Sentence Transformers writes.
 
         Raises:
-            ConfigError: With `safe_serialization=False`: only safetensors are written. Or if the folder is that of the
-                adapter's base model, which the adapter would take the place of.
+            ConfigError: With `safe_serialization=False`: only safetensors are written. For another `layout`. Or if the
+                folder is that of the adapter's base model, which the adapter would take the place of.
         """
+        check_layout(layout)
         if not safe_serialization:
             raise ConfigError("only safetensors are written", where="safe_serialization=False", fix="Drop it")
         base = Path(adapter_base(self.transformers_model) or "")
@@ -202,11 +209,23 @@ class Prepared(BaseModel):
             super().save(str(staging), model_name, create_model_card, train_datasets)
             mend_saved(staging)
             self._complete(staging)
-            write(self, staging)
+            saving.finish(self, self, staging, layout)
         # The card's assets go where the model went, not to the staging folder.
         self.model_card_data.save_dir = str(path)  # type: ignore[attr-defined]
         if self.burnish is not None:
             self.burnish.decision.registry.observers("model_saved")(model=self, folder=Path(path))
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+        layout: str = "compatible",
+    ) -> None:
+        """The same as `save`."""
+        self.save(path, model_name, create_model_card, train_datasets, safe_serialization, layout)
 
     def _complete(self, folder: Path) -> None:
         """Add to a saved folder what Sentence Transformers leaves out."""
@@ -233,7 +252,13 @@ class Prepared(BaseModel):
         """Arguments of `stock` beside modules, device and prompts."""
         return {}
 
-    def save_pretrained_merged(self, path: str | Path, tokenizer: Any = None, save_method: str | None = None) -> None:
+    def save_pretrained_merged(
+        self,
+        path: str | Path,
+        tokenizer: Any = None,
+        save_method: str | None = None,
+        layout: str = "compatible",
+    ) -> None:
         """Save a full model with the adapter folded in: stock modules that anything loads.
 
         Args:
@@ -241,11 +266,12 @@ class Prepared(BaseModel):
             tokenizer: Saved in place of the model's own if given.
             save_method: None for the dtype the weights were loaded in; "merged_16bit" for float16 (bfloat16 where they
                 are bfloat16 already or the family refuses float16); "merged_32bit" for float32; "lora" for the adapter.
+            layout: As in `save`.
 
         Raises:
-            ConfigError: For another `save_method`.
+            ConfigError: For another `save_method` or `layout`.
         """
-        saving.save_merged(self, Path(path), tokenizer, save_method)
+        saving.save_merged(self, Path(path), tokenizer, save_method, layout)
 
     def push_to_hub_merged(
         self,
@@ -258,15 +284,28 @@ class Prepared(BaseModel):
         revision: str | None = None,
         create_pr: bool = False,
         exist_ok: bool = True,
+        layout: str = "compatible",
     ) -> str:
         """Push what `save_pretrained_merged` would save; returns the commit's URL.
 
         `token=None` means the one that `hf auth login` left or `HF_TOKEN` holds.
         """
         return saving.push_merged(
-            self, repo_id, tokenizer, save_method, token=token, private=private, commit_message=commit_message,
+            self, repo_id, tokenizer, save_method, layout, token=token, private=private, commit_message=commit_message,
             revision=revision, create_pr=create_pr, exist_ok=exist_ok,
         )  # fmt: skip
+
+    if not TYPE_CHECKING:  # for a checker the signature stays Sentence Transformers' own, and takes `layout` beside it
+
+        @wraps(BaseModel.push_to_hub)
+        def push_to_hub(self, *args: Any, layout: str = "compatible", **keywords: Any) -> str:
+            check_layout(layout)
+            # What is pushed is what `save_pretrained` writes, which is told nothing of the push.
+            object.__setattr__(self, "save_pretrained", partial(self.save_pretrained, layout=layout))
+            try:
+                return super().push_to_hub(*args, **keywords)
+            finally:
+                object.__delattr__(self, "save_pretrained")
 
     def activation_checkpointing_enable(
         self,

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import deploy
 from .errors import ConfigError, ModelError
 from .files import atomic_folder
+from .layout import check_layout, make_compatible
 from .provenance import write
 from .quantised import dequantised, is_quantised, transposed
 from .stored_table import StoredTable
@@ -170,37 +172,56 @@ def _restore_buffers(stock: nn.Module, source: nn.Module) -> None:
             stock.get_submodule(owner).register_buffer(leaf, live[name].detach().clone(), persistent=False)
 
 
-def save_merged(model: Prepared, path: Path, tokenizer: Any, save_method: str | None) -> None:
+def save_merged(model: Prepared, path: Path, tokenizer: Any, save_method: str | None, layout: str) -> None:
     """Write the merged model to `path`, whole or not at all; with "lora", the adapter."""
     if save_method == "lora":
-        model.save(path)
+        model.save(path, layout=layout)
         return
-    plain = merged_model(model, save_method)
+    check_layout(layout)
+    plain = _with_tokenizer(merged_model(model, save_method), tokenizer)
     with atomic_folder(path) as staging:
         plain.save(str(staging))
-        _complete(model, staging, tokenizer)
+        finish(model, plain, staging, layout, merged=True)
     if model.burnish is not None:
         model.burnish.decision.registry.observers("model_saved")(model=model, folder=path)
 
 
-def push_merged(model: Prepared, repo_id: str, tokenizer: Any, save_method: str | None, **hub: Any) -> str:
+def push_merged(model: Prepared, repo_id: str, tokenizer: Any, save_method: str | None, layout: str, **hub: Any) -> str:
     """Push the merged model; `hub` is what Sentence Transformers' `push_to_hub` takes."""
     if save_method == "lora":
-        return str(model.push_to_hub(repo_id, **hub))
-    plain = merged_model(model, save_method)
+        return str(model.push_to_hub(repo_id, **hub, layout=layout))  # type: ignore[call-arg]
+    check_layout(layout)
+    plain = _with_tokenizer(merged_model(model, save_method), tokenizer)
     save = plain.save
 
     # What a push uploads is what the model saves just before, with or without a card as the repository needs one.
     def save_all(path: str, *args: Any, **keywords: Any) -> None:
         save(path, *args, **keywords)
-        _complete(model, Path(path), tokenizer)
+        finish(model, plain, Path(path), layout, merged=True)
 
     plain.save = save_all  # type: ignore[method-assign]
     return str(plain.push_to_hub(repo_id, **hub))
 
 
-def _complete(model: Prepared, folder: Path, tokenizer: Any) -> None:
-    """Add what the plain model knows nothing of to the folder it was saved to."""
+def _with_tokenizer(plain: BaseModel, tokenizer: Any) -> BaseModel:
+    """A merged model with another tokenizer, if one is given; the first module is the merged model's own copy."""
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    write(model, folder, merged=True)
+        first: Any = plain[0]
+        first.processor = tokenizer
+    return plain
+
+
+def finish(model: Prepared, served: BaseModel, folder: Path, layout: str, *, merged: bool = False) -> None:
+    """Bring a folder that Sentence Transformers has just saved into its layout, and say in it what it is.
+
+    Args:
+        model: The model that the user holds.
+        served: The model that was saved: the same, or the one with its adapter folded in.
+        folder: Where, still staging.
+        layout: From `layout.LAYOUTS`.
+        merged: Whether the adapter was folded in.
+    """
+    if layout == "compatible":
+        make_compatible(folder, model.burnish.decision.family.family if model.burnish is not None else None)
+    write(model, folder, merged=merged)
+    deploy.write(served, folder)

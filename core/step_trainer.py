@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from . import batching, stream
 from .contracts import StepContext
+from .deploy import checkpoint
 from .errors import ModelError, PluginError
 from .logged_loss import LoggedLoss
 from .optimizer_trainer import OptimizingTrainer
@@ -96,6 +97,19 @@ class SteppingTrainer(OptimizingTrainer):
         model: Any = self.model
         model.pad_inputs(reason)
         self._say(f"input is padded for this run ({reason})")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The model saves its tokenizer itself, in the layout of the rest; Sentence Transformers' trainer would write it
+        # once more over that.
+        tokenizer, self.processing_class = self.processing_class, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.processing_class = tokenizer
+
+    def _save_checkpoint(self, *args: Any, **keywords: Any) -> None:
+        with checkpoint():
+            super()._save_checkpoint(*args, **keywords)
 
     def _needs_padding(self) -> str | None:
         """Why the run's losses must be given padded input; None if they take packed input."""

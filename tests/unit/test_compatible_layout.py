@@ -1,4 +1,4 @@
-"""What is rewritten for older readers, file by file; that they read it right is shown by running them (tests/exports)."""
+"""What is rewritten for older readers, file by file; that they read it right is shown in tests/exports."""
 
 from __future__ import annotations
 
