@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer import training_args as training_args
 
     from .core.arguments import TrainingArguments as TrainingArguments
+    from .core.classifier import Classifier as Classifier
+    from .core.classifier_trainer import ClassifierTrainer as ClassifierTrainer
     from .core.errors import BurnishError as BurnishError
     from .core.fast import FastSentenceTransformer as FastSentenceTransformer
+    from .core.fast_classifier import FastClassifier as FastClassifier
     from .core.model import SentenceTransformer as SentenceTransformer
     from .core.precision import is_bf16_supported as is_bf16_supported
     from .core.trainer import SentenceTransformerTrainer as SentenceTransformerTrainer
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
 
 _FACE = {
     "BurnishError": ".core.errors",
+    "Classifier": ".core.classifier",
+    "ClassifierTrainer": ".core.classifier_trainer",
+    "FastClassifier": ".core.fast_classifier",
     "FastSentenceTransformer": ".core.fast",
     "SentenceTransformer": ".core.model",
     "SentenceTransformerTrainer": ".core.trainer",
@@ -94,6 +100,9 @@ __all__ = [  # noqa: RUF022 - in the order a reader meets them
     "SentenceTransformer",
     "SentenceTransformerTrainer",
     "SentenceTransformerTrainingArguments",
+    "FastClassifier",
+    "Classifier",
+    "ClassifierTrainer",
     "BurnishError",
 ]
 
