@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer import readers as readers
     from sentence_transformers.sentence_transformer import training_args as training_args
 
+    from .core.arguments import CrossEncoderTrainingArguments as CrossEncoderTrainingArguments
     from .core.arguments import TrainingArguments as TrainingArguments
     from .core.classifier import Classifier as Classifier
     from .core.classifier_trainer import ClassifierTrainer as ClassifierTrainer
@@ -55,6 +56,7 @@ _FACE = {
     "BurnishError": ".core.errors",
     "Classifier": ".core.classifier",
     "ClassifierTrainer": ".core.classifier_trainer",
+    "CrossEncoderTrainingArguments": ".core.arguments",
     "FastClassifier": ".core.fast_classifier",
     "FastSentenceTransformer": ".core.fast",
     "SentenceTransformer": ".core.model",
@@ -103,6 +105,7 @@ __all__ = [  # noqa: RUF022 - in the order a reader meets them
     "FastClassifier",
     "Classifier",
     "ClassifierTrainer",
+    "CrossEncoderTrainingArguments",
     "BurnishError",
 ]
 
