@@ -24,11 +24,13 @@ PEERS = {
     "st-sdpa": "sdpa",
     "st-fa2": "flash_attention_2",
     "st-fa2-compile": "flash_attention_2",
+    "transformers": "flash_attention_2",
     "unsloth": None,
 }
 """The peers, with the attention that Sentence Transformers is told to use."""
 WITHOUT_FLASH = ("st-eager", "st-sdpa")
 OURS = "burnish"
+TASKS = ("embedding", "rerank", "classify")
 MODES = ("lora16", "qlora4", "full", "full-bf16")
 STORAGES = ("8bit", "4bit", "host")
 """Where Burnish's frozen embedding tables may live, beside their own dtype on the device."""
@@ -43,6 +45,15 @@ class Arm:
     trainer: Any
     arguments: Any
     backend: str | None
+
+    def made(self, arguments: Any, data: Any, callbacks: list[Any]) -> Any:
+        """Its trainer, of MultipleNegativesRankingLoss."""
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+        return self.trainer(
+            model=self.model, args=arguments, train_dataset=data, loss=MultipleNegativesRankingLoss(self.model),
+            callbacks=callbacks,
+        )  # fmt: skip
 
 
 def ours(system: str) -> bool:
@@ -116,6 +127,9 @@ def load_ahead(path: Path, given: Namespace) -> None:
     """Load what needs no GPU, and import the rest: checks for FlashAttention and for 4 bits ask the GPU."""
     if given.system == "unsloth":  # it patches trainers while it loads: nothing of them comes before
         return
+    if given.task != "embedding":
+        import_module("sentence_transformers.cross_encoder.trainer")
+        return
     import_module("sentence_transformers.sentence_transformer.trainer")
     if ours(given.system):
         import burnish
@@ -140,8 +154,14 @@ def load(path: Path, given: Namespace) -> Arm:
     return Arm(model, SentenceTransformerTrainer, SentenceTransformerTrainingArguments, None)
 
 
-def _targets(path: Path) -> list[str]:
-    return LORA_TARGETS[json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]]
+def targets(path: Path) -> list[str]:
+    """The linear layers that LoRA adapts."""
+    return LORA_TARGETS[model_type(path)]
+
+
+def model_type(path: Path) -> str:
+    """transformers' name for the model's architecture."""
+    return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
 
 
 def _stock(path: Path, given: Namespace) -> Any:
@@ -169,7 +189,7 @@ def _stock(path: Path, given: Namespace) -> Any:
     model.max_seq_length = given.seq
     if not given.mode.startswith("full"):
         lora = LoraConfig(
-            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=_targets(path), task_type="FEATURE_EXTRACTION"
+            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets(path), task_type="FEATURE_EXTRACTION"
         )
         model.add_adapter(lora)
     if given.checkpointing:
@@ -207,7 +227,7 @@ def _unsloth(path: Path, given: Namespace) -> Any:
     if full:
         return model
     return kind.get_peft_model(
-        model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, bias="none", target_modules=_targets(path),
+        model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, bias="none", target_modules=targets(path),
         task_type="FEATURE_EXTRACTION", use_gradient_checkpointing=checkpointing,
     )  # fmt: skip
 
@@ -233,7 +253,7 @@ def _burnish(path: Path, given: Namespace) -> Arm:
     if not full:
         dense = ["Dense"] if any(type(module).__name__ == "Dense" for module in model.children()) else None
         model = FastSentenceTransformer.get_peft_model(
-            model, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=_targets(path), modules_to_save=dense
+            model, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets(path), modules_to_save=dense
         )
     assert model.burnish is not None
     return Arm(model, Trainer, TrainingArguments, model.burnish.decision.backend.spec.name)

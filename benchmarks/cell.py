@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
 if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
-    from benchmarks import arms, measuring, shapes, workload
+    from benchmarks import arms, heads, measuring, shapes, workload
     from benchmarks.clock import Clock, step_times
     from benchmarks.lines import KEY
 else:
     sys.path.insert(0, str(HERE))
     import arms
+    import heads
     import measuring
     import shapes
     import workload
@@ -50,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="all-MiniLM-L6-v2", choices=shapes.SHAPES)
     made.add_argument("--mode", default="lora16", choices=arms.MODES)
     made.add_argument("--seq", type=int, default=512, help="longest text in tokens")
-    made.add_argument("--batch", type=int, default=32, help="pairs a step")
+    made.add_argument("--batch", type=int, default=32, help="pairs a step; of classifiers, texts")
+    made.add_argument("--task", default="embedding", choices=arms.TASKS, help="what is trained (see heads.py)")
     made.add_argument("--lengths", default="fixed", choices=workload.LENGTHS)
     made.add_argument("--backend", default="auto", help="for burnish; burnish-NAME stands for --backend NAME")
     made.add_argument(
@@ -157,7 +159,10 @@ def train(given: argparse.Namespace, scratch: Path, gate: Gate) -> dict[str, Any
     path = shapes.build(given.model, given.models, given.tokenizer, zero_dropout=given.dropout == "zero")
     count = (given.warmup + given.steps) * given.batch
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
-    columns, lengths = workload.pairs(tokenizer, given.lengths, count, given.seq)
+    if given.task == "embedding":
+        columns, lengths = workload.pairs(tokenizer, given.lengths, count, given.seq)
+    else:
+        columns, lengths = heads.rows(given.task, tokenizer, given.lengths, count, given.seq)
     datasets: Any = import_module("datasets")
     data = datasets.Dataset.from_dict(columns)
     flops = measuring.training_flops(shapes.SHAPES[given.model].config(), lengths, given.mode.startswith("full"))
@@ -169,7 +174,7 @@ def train(given: argparse.Namespace, scratch: Path, gate: Gate) -> dict[str, Any
     card.cuda = given.device == "cuda"
     card.look()
     started = time.perf_counter()
-    arm = arms.load(path, given)
+    arm = (arms if given.task == "embedding" else heads).load(path, given)
     load_s = time.perf_counter() - started
     load_peak = card.load_peak()
     return {**timed(given, arm, scratch, data, lengths, flops / count * given.batch, card), **load_peak,
@@ -188,14 +193,10 @@ def timed(
 ) -> dict[str, Any]:
     """Train and time: `lengths` are those of all texts in tokens, `flops` what a step takes at least."""
     import torch
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     cuda = given.device == "cuda"
     clock = Clock(lambda: trainer, given.warmup, given.steps, cuda)
-    trainer: Any = arm.trainer(
-        model=arm.model, args=arguments(given, arm, scratch), train_dataset=data,
-        loss=MultipleNegativesRankingLoss(arm.model), callbacks=[clock.callback()],
-    )  # fmt: skip
+    trainer: Any = arm.made(arguments(given, arm, scratch), data, [clock.callback()])
     if cuda:  # the whole training counts: the pools of captured graphs would not show in a counter reset later
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -251,7 +252,7 @@ def arguments(given: argparse.Namespace, arm: arms.Arm, scratch: Path) -> Any:
 def rates(gaps: list[float], given: argparse.Namespace, tokenise: float, lengths: list[int]) -> dict[str, Any]:
     """Pairs and tokens a second. Seconds of tokenising ahead are charged to the timed steps, share by share."""
     warm = sum(gaps) / 1e3
-    count = len(lengths) // 2
+    count = len(lengths) // (2 if given.task == "embedding" else 1)
     seconds = warm + tokenise * len(gaps) * given.batch / count
     pairs = given.batch * len(gaps)
     return {

@@ -14,10 +14,12 @@ from typing import Any
 
 Line = dict[str, Any]
 
-PART = ("model", "mode", "seq", "batch", "lengths", "dropout")
+PART = ("model", "mode", "seq", "batch", "lengths", "dropout", "task")
 """What two lines must agree in to be compared, beside run and device."""
 SETTINGS: dict[str, Any] = {"checkpointing": False, "activation_budget_gb": None, "embedding_storage": None}
 """What each system may set as serves it best, and its plain value, which lines have that were written before."""
+BEFORE: dict[str, Any] = {**SETTINGS, "task": "embedding"}
+"""What lines say that were written before a part of the key existed."""
 KEY = ("system", *PART, *SETTINGS)
 """What says which cell a line is of."""
 MORE_IS_BETTER = {
@@ -86,7 +88,7 @@ def read(paths: Iterable[Path]) -> list[Line]:
 
 def value(line: Line, name: str) -> Any:
     """What a line says of a part of its `KEY`; lines written before a setting existed have its plain value."""
-    return line.get(name, SETTINGS[name]) if name in SETTINGS else line[name]
+    return line.get(name, BEFORE[name]) if name in BEFORE else line[name]
 
 
 def is_plain(line: Line) -> bool:
@@ -136,7 +138,7 @@ def compare(
     found: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Line]]] = {}  # of one setting, the last line
     for line in lines:
         if settings == "best" or is_plain(line):
-            cell = tuple(line[name] for name in PART)
+            cell = tuple(value(line, name) for name in PART)
             of_system = found.setdefault((line["device"], cell, line["run"]), {}).setdefault(line["system"], {})
             of_system[tuple(value(line, name) for name in SETTINGS)] = line
     last: dict[tuple[Any, ...], Comparison] = {}

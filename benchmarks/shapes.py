@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,15 @@ class Shape:
             lengthened to 2,048 where the published model has 512, so that every model can be timed at every length.
         pooling: How the published model pools.
         dense: Output widths of the bias-free Dense layers after pooling.
+        head: "classification" for a checkpoint with a head of one label, "language-model" for a causal one whose "yes"
+            and "no" are the score; None for an embedding model.
     """
 
     kind: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     pooling: str = "mean"
     dense: tuple[int, ...] = ()
+    head: str | None = None
 
     def config(self) -> PretrainedConfig:
         """Its transformers config."""
@@ -108,7 +111,14 @@ SHAPES = {
         pooling="lasttoken",
     ),
 }  # fmt: skip
-"""By published name, from the smallest to the largest."""
+SHAPES |= {
+    "ms-marco-MiniLM-L6-v2": replace(SHAPES["all-MiniLM-L6-v2"], head="classification"),
+    "gte-reranker-modernbert-base": replace(SHAPES["ModernBERT-base"], head="classification"),
+    "bge-reranker-v2-m3": replace(SHAPES["bge-m3"], head="classification"),
+    "Qwen3-Reranker-0.6B": replace(SHAPES["Qwen3-Embedding-0.6B"], head="language-model"),
+    "ModernBERT-large-classifier": replace(SHAPES["ModernBERT-large"], head="classification"),
+}
+"""By published name: embedding models from the smallest to the largest, then those with heads."""
 
 _DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_TARGETS = {
@@ -151,10 +161,10 @@ def build(
         device: Where the weights are drawn; 4 billion take minutes on a CPU.
     """
     import torch
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     place = folder / (name + "-nodrop" * zero_dropout + f"-{longest}" * (longest > LONGEST))
-    if (place / "modules.json").exists():
+    if _is_whole(place):
         return place
     config: Any = SHAPES[name].config()
     for drop in _DROPOUTS if zero_dropout else ():
@@ -165,22 +175,43 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=folder) as scratch:
         part = Path(scratch) / "model"
-        modules(SHAPES[name], config, tokenizer, longest, part)
-        saved = json.loads((part / "config.json").read_text(encoding="utf-8"))
-        if "use_cache" in saved:  # Sentence Transformers' choice
-            config.use_cache = saved["use_cache"]
-        for weights in part.glob("model*.safetensors*"):
-            weights.unlink()
+        if SHAPES[name].head is not None:
+            _tokenizer(tokenizer, longest).save_pretrained(part)
+            config.num_labels, config.use_cache = 1, False
+        else:
+            modules(SHAPES[name], config, tokenizer, longest, part)
+            saved = json.loads((part / "config.json").read_text(encoding="utf-8"))
+            if "use_cache" in saved:  # Sentence Transformers' choice
+                config.use_cache = saved["use_cache"]
+            for weights in part.glob("model*.safetensors*"):
+                weights.unlink()
         torch.manual_seed(0)
-        kind: Any = AutoModel
+        kinds: dict[str | None, Any] = {
+            None: AutoModel,
+            "classification": AutoModelForSequenceClassification,
+            "language-model": AutoModelForCausalLM,
+        }  # fmt: skip
+        kind = kinds[SHAPES[name].head]
         with torch.device(device):
             model = kind.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(part)
         with suppress(OSError):  # another process was faster
             part.replace(place)
-    if not (place / "modules.json").exists():
+    if not _is_whole(place):
         raise SystemExit(f"{place} could not be written")
     return place
+
+
+def _is_whole(place: Path) -> bool:
+    return (place / "config.json").exists()
+
+
+def _tokenizer(source: str, longest: int) -> Any:
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(source)
+    words.model_max_length = longest
+    return words
 
 
 def modules(
@@ -201,11 +232,10 @@ def modules(
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     base = into.with_name("base")
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    words.model_max_length = longest
+    words = _tokenizer(tokenizer, longest)
     words.save_pretrained(base)
     small = copy.deepcopy(config)
     small.num_hidden_layers = layers

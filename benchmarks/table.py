@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 HERE = Path(__file__).resolve().parent
 if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type checker by the folder's
     from benchmarks.lines import (
+        BEFORE,
         MORE_IS_BETTER,
         PART,
         Comparison,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # a script finds its siblings by their bare names, a type che
 else:
     sys.path.insert(0, str(HERE))
     from lines import (
+        BEFORE,
         MORE_IS_BETTER,
         PART,
         Comparison,
@@ -77,12 +79,15 @@ class Goal:
 
 
 def speaks_of(where: dict[str, Any], device: str, cell: Mapping[str, Any]) -> bool:
-    """Whether a goal speaks of a cell: each value is the cell's, or a list that has it. The dropout is the config's own
-    unless the goal says otherwise."""
-    wanted = {"dropout": "config", **where}
+    """Whether a goal speaks of a cell: each value is the cell's, or a list that has it. Unless the goal says otherwise,
+    the dropout is the config's own and the task embedding."""
+    wanted = {"dropout": "config", "task": "embedding", **where}
     if not device.startswith(str(wanted.pop("device", ""))):
         return False
-    return all(cell[name] in (value if isinstance(value, list) else [value]) for name, value in wanted.items())
+    return all(
+        cell.get(name, BEFORE.get(name)) in (value if isinstance(value, list) else [value])
+        for name, value in wanted.items()
+    )
 
 
 def _check_where(goal: str, where: dict[str, Any]) -> None:
