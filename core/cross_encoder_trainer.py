@@ -21,8 +21,7 @@ from .errors import ConfigError
 from .pair_feeding import feed, refusal
 from .pair_tokens import PairRecipe, TokenisedText
 from .step_trainer import SteppingTrainer
-
-_LOSSES = "sentence_transformers.cross_encoder.losses"
+from .whole_batches import join
 
 
 class CrossEncoderTrainer(SteppingTrainer, StockTrainer):
@@ -62,13 +61,13 @@ class CrossEncoderTrainer(SteppingTrainer, StockTrainer):
         if dataset_kind != "train" or store is False or self._preparation is None:
             return loader
         self._pairs = None
-        if reason := refusal(self.model, dataset, self.data_collator):
+        recipe = PairRecipe(self.model, *self._shapes())
+        if reason := refusal(recipe, dataset, self.data_collator):
             self._say(f"pairs are tokenised batch by batch: {reason}")
             return loader
         folder = store if isinstance(store, str) else None
-        recipe = PairRecipe(self.model, *self._shapes())
         try:
-            found = feed(self.model, dataset, self.data_collator, recipe, folder=folder, say=self._say)
+            found = feed(recipe, dataset, self.data_collator, folder=folder, say=self._say)
         except ConfigError as error:
             if folder is not None:
                 raise
@@ -90,36 +89,16 @@ class CrossEncoderTrainer(SteppingTrainer, StockTrainer):
         model: Any = self.model
         if self._preparation is None:
             return super().train(*args, **keywords)
-        whole = self._whole_batches()
+        packs = self._preparation.packed is not None
+        losses = [loss for loss in self._losses() if isinstance(loss, nn.Module)]
+        undo = [join(loss, self._say) for loss in losses] if packs else []
         model.preprocess = _Preprocess(self, model.preprocess)
         try:
             return super().train(*args, **keywords)
         finally:
             del model.preprocess
-            for loss in whole:
-                loss.mini_batch_size = None
-
-    def _whole_batches(self) -> list[Any]:
-        """Have losses that forward `batch_size` pairs at a time, since nobody said how many, forward all; returns them.
-
-        Sentence Transformers' listwise losses do so, and keep what every forward needs for the backward all the same.
-        """
-        if self._preparation is None or self._preparation.packed is None:
-            return []
-        modules = [one for loss in self._losses() if isinstance(loss, nn.Module) for one in loss.modules()]
-        found: list[Any] = [
-            one
-            for one in modules
-            if any(kind.__module__.startswith(_LOSSES) for kind in type(one).__mro__)
-            and getattr(one, "mini_batch_size", -1) is None
-        ]
-        for loss in found:
-            loss.mini_batch_size = -1
-            self._say(
-                f"{type(loss).__name__}: all pairs of a batch go through the model at once, not batch_size at a time; "
-                "the numbers are the same, and an explicit mini_batch_size is kept"
-            )
-        return found
+            for one in undo:
+                one()
 
 
 class _Preprocess:

@@ -28,11 +28,11 @@ _SAMPLES = 24
 """Rows of a data set whose pairs are compared with the model's own preprocessing."""
 
 
-def refusal(model: Any, dataset: Any, collator: Any) -> str | None:
+def refusal(recipe: PairRecipe, dataset: Any, collator: Any) -> str | None:
     """Why a run's texts cannot be tokenised ahead; None if they can.
 
     Args:
-        model: A CrossEncoder.
+        recipe: How the pairs of the run's CrossEncoder are put together.
         dataset: What the run trains on.
         collator: The run's collator.
     """
@@ -40,6 +40,7 @@ def refusal(model: Any, dataset: Any, collator: Any) -> str | None:
     from datasets import DatasetDict
     from sentence_transformers.cross_encoder import CrossEncoderTrainer
 
+    model = recipe.model
     if getattr(model, "burnish", None) is None or model.burnish.packed is None:
         return "the input is padded"
     own: type[Any] = CrossEncoderTrainer.data_collator_class
@@ -47,7 +48,7 @@ def refusal(model: Any, dataset: Any, collator: Any) -> str | None:
         return "a data collator was given"
     if collator.router_mapping:
         return "columns are routed"
-    if reason := why_not(model) or PairRecipe(model).why_not():
+    if reason := why_not(model) or recipe.why_not():
         return reason
     for part in dataset.values() if isinstance(dataset, DatasetDict) else [dataset]:
         if not isinstance(part, Stored):
@@ -171,16 +172,13 @@ class PairFeed:
         )  # fmt: skip
 
 
-def feed(
-    model: Any, dataset: Any, stock: Any, recipe: PairRecipe, *, folder: str | None, say: Callable[[str], None]
-) -> PairFeed:
+def feed(recipe: PairRecipe, dataset: Any, stock: Any, *, folder: str | None, say: Callable[[str], None]) -> PairFeed:
     """Tokenise a run's texts, or find them tokenised, and compare pairs of them with the model's own preprocessing.
 
     Args:
-        model: A packed CrossEncoder.
+        recipe: How the pairs of a packed CrossEncoder are put together; it is settled for the run's prompts.
         dataset: What `refusal` lets pass: a `Dataset` or a `DatasetDict`.
         stock: The run's collator: its prompts and label columns hold.
-        recipe: How pairs are put together; it is settled for the run's prompts.
         folder: Of the token stores; None for the user's cache.
         say: Told, in one line, what is worth knowing.
 
@@ -191,13 +189,13 @@ def feed(
     started = time.perf_counter()
     parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     place = store_folder(folder)
-    recipes = {"": TextRecipe(model)}
+    recipes = {"": recipe.plain}
     columns = []
     for part in parts:
         transform = part.format["format_kwargs"].get("transform")
         name = None if transform is None else transform.keywords.get("dataset_name")
         prompt = stock._resolve_scalar(stock.prompts, {} if name is None else {"dataset_name": name}) or ""
-        recipes.setdefault(prompt, TextRecipe(model, prompt))
+        recipes.setdefault(prompt, TextRecipe(recipe.model, prompt))
         columns.append(_columns(part, text_columns(part, stock), prompt, recipes, place, say))
     rows = NumberedRows(parts)
     collator = PairCollator(stock=stock, columns=columns, starts=rows.starts[:-1])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import stream
 from .stream import Tokens
-from .tokenising import Flat, Recipe, _serialised
+from .tokenising import Flat, Recipe
 
 Lengths: TypeAlias = "NDArray[np.int64]"
 
@@ -180,6 +180,11 @@ class PairRecipe:
         self._settled: dict[str, dict[str, Any]] = {}  # by prompt, what every batch's features hold beside tokens
 
     @cached_property
+    def plain(self) -> TextRecipe:
+        """How texts are tokenised that no prompt stands before."""
+        return TextRecipe(self.model)
+
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What the model passes to its tokenizer for texts beside Sentence Transformers' own settings."""
         given: dict[str, Any] = dict((getattr(self.model[0], "processing_kwargs", None) or {}).get("text") or {})
@@ -200,9 +205,9 @@ class PairRecipe:
     @cached_property
     def templates(self) -> dict[int, Template]:
         """By how many texts: one or two. What the tokenizer puts together otherwise is left out."""
-        from tokenizers import Tokenizer
-
-        backend = Tokenizer.from_str(_serialised(self.model[0].tokenizer.backend_tokenizer))
+        backend = self.plain.backend
+        if backend is None:
+            return {}
         found = {1: find_template(backend, "first"), 2: find_template(backend, "first", "second")}
         return {parts: template for parts, template in found.items() if template is not None}
 

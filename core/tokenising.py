@@ -101,8 +101,11 @@ class Recipe:
         return digest.hexdigest()
 
     @cached_property
-    def _backend(self) -> Any:
-        """The tokenizer's backend, to itself: calls of the model's own leave their cutting and padding in theirs."""
+    def backend(self) -> Any:
+        """The tokenizer's backend, to itself: calls of the model's own leave their cutting and padding in theirs.
+
+        None for a tokenizer in Python.
+        """
         if not self.tokenizer.is_fast:
             return None
         from tokenizers import Tokenizer
@@ -118,7 +121,7 @@ class Recipe:
         if not texts:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
         with _threads():
-            if self._backend is not None:
+            if self.backend is not None:
                 values, lengths = self._short(texts)
                 if self._agrees(texts, values, lengths):
                     return values, lengths
@@ -134,7 +137,7 @@ class Recipe:
         return np.array_equal(lengths[sample], own_lengths) and np.array_equal(found, own)
 
     def _short(self, texts: list[str]) -> Flat:
-        plain = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
+        plain = getattr(self.backend, "encode_batch_fast", self.backend.encode_batch)
         encode = partial(plain, add_special_tokens=self.special_tokens)
         slices = [texts[start : start + _SLICE] for start in range(0, len(texts), _SLICE)]
         if self.prompt:
