@@ -3,17 +3,19 @@
 Names load on first use: `import burnish` costs nothing.
 
 A script moves here by one changed import. From Unsloth: `FastSentenceTransformer`, `is_bf16_supported` and
-`is_bfloat16_supported` are here under the names they have there. From Sentence Transformers: `SentenceTransformer`,
-`SentenceTransformerTrainer` and `SentenceTransformerTrainingArguments` are Burnish's subclasses; everything else of the
-embedding models' top level (`InputExample`, `losses`, `util`, `mine_hard_negatives`, …) is Sentence Transformers' own,
-handed on as it is. Its other three kinds of model (`CrossEncoder`, `SparseEncoder`, `MultiVectorEncoder` and what goes
-with them) are not handed on: under this name they would look accelerated, and are not.
+`is_bfloat16_supported` are here under the names they have there. From Sentence Transformers: `SentenceTransformer` and
+`CrossEncoder`, and of both the trainer and its arguments, are Burnish's subclasses; everything else of the top level
+(`InputExample`, `losses`, `util`, `mine_hard_negatives`, …) is Sentence Transformers' own, handed on as it is. `losses`
+and `evaluation` are those of embedding models; `sentence_transformers.cross_encoder` has those of cross-encoders. Its
+other two kinds of model (`SparseEncoder`, `MultiVectorEncoder` and what goes with them) are not handed on: under this
+name they would look accelerated, and are not.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoderModelCardData as CrossEncoderModelCardData
     from sentence_transformers import DefaultBatchSampler as DefaultBatchSampler
     from sentence_transformers import InputExample as InputExample
     from sentence_transformers import LoggingHandler as LoggingHandler
@@ -40,9 +42,12 @@ if TYPE_CHECKING:
     from .core.arguments import TrainingArguments as TrainingArguments
     from .core.classifier import Classifier as Classifier
     from .core.classifier_trainer import ClassifierTrainer as ClassifierTrainer
+    from .core.cross_encoder import CrossEncoder as CrossEncoder
+    from .core.cross_encoder_trainer import CrossEncoderTrainer as CrossEncoderTrainer
     from .core.errors import BurnishError as BurnishError
     from .core.fast import FastSentenceTransformer as FastSentenceTransformer
     from .core.fast_classifier import FastClassifier as FastClassifier
+    from .core.fast_cross_encoder import FastCrossEncoder as FastCrossEncoder
     from .core.model import SentenceTransformer as SentenceTransformer
     from .core.precision import is_bf16_supported as is_bf16_supported
     from .core.trainer import SentenceTransformerTrainer as SentenceTransformerTrainer
@@ -54,9 +59,12 @@ if TYPE_CHECKING:
 
 _FACE = {
     "BurnishError": ".core.errors",
+    "CrossEncoder": ".core.cross_encoder",
+    "CrossEncoderTrainer": ".core.cross_encoder_trainer",
+    "CrossEncoderTrainingArguments": ".core.arguments",
+    "FastCrossEncoder": ".core.fast_cross_encoder",
     "Classifier": ".core.classifier",
     "ClassifierTrainer": ".core.classifier_trainer",
-    "CrossEncoderTrainingArguments": ".core.arguments",
     "FastClassifier": ".core.fast_classifier",
     "FastSentenceTransformer": ".core.fast",
     "SentenceTransformer": ".core.model",
@@ -68,6 +76,7 @@ _FACE = {
 }
 # Sentence Transformers' own, handed on.
 _STOCK = (
+    "CrossEncoderModelCardData",
     "DefaultBatchSampler",
     "InputExample",
     "LoggingHandler",
@@ -93,7 +102,7 @@ _STOCK_MODULES = {
     "training_args": "sentence_transformers.sentence_transformer.training_args",
     "util": "sentence_transformers.util",
 }
-_NOT_HANDED_ON = ("CrossEncoder", "SparseEncoder", "MultiVectorEncoder")
+_NOT_HANDED_ON = ("SparseEncoder", "MultiVectorEncoder")
 
 __all__ = [  # noqa: RUF022 - in the order a reader meets them
     "FastSentenceTransformer",
@@ -105,6 +114,9 @@ __all__ = [  # noqa: RUF022 - in the order a reader meets them
     "FastClassifier",
     "Classifier",
     "ClassifierTrainer",
+    "FastCrossEncoder",
+    "CrossEncoder",
+    "CrossEncoderTrainer",
     "CrossEncoderTrainingArguments",
     "BurnishError",
 ]
