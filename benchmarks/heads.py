@@ -170,13 +170,11 @@ def _transformers_trainer(arm: HeadArm, arguments: Any, data: Any, callbacks: li
 
     arguments.train_sampling_strategy = "group_by_length"
     began = time.perf_counter()
-    tokens = data.map(
-        lambda rows: arm.tokenizer(rows["text"], truncation=True), batched=True, remove_columns=["text"],
-        load_from_cache_file=False,
-    )  # fmt: skip
+    tokens = arm.tokenizer(data["text"][:], truncation=True)
     seconds = time.perf_counter() - began
+    tokenised = import_module("datasets").Dataset.from_dict({**tokens, "label": data["label"][:]})
     trainer = arm.trainer(
-        model=arm.model, args=arguments, train_dataset=tokens, data_collator=DataCollatorWithPadding(arm.tokenizer),
+        model=arm.model, args=arguments, train_dataset=tokenised, data_collator=DataCollatorWithPadding(arm.tokenizer),
         callbacks=callbacks,
     )  # fmt: skip
     trainer.tokenise_seconds = seconds

@@ -39,7 +39,7 @@ class Shape:
         pooling: How the published model pools.
         dense: Output widths of the bias-free Dense layers after pooling.
         head: "classification" for a checkpoint with a head of one label, "language-model" for a causal one whose "yes"
-            and "no" are the score; None for an embedding model.
+            and "no" are the score; "fresh" for one without, that a head is put on; None for an embedding model.
     """
 
     kind: str
@@ -116,7 +116,8 @@ SHAPES |= {
     "gte-reranker-modernbert-base": replace(SHAPES["ModernBERT-base"], head="classification"),
     "bge-reranker-v2-m3": replace(SHAPES["bge-m3"], head="classification"),
     "Qwen3-Reranker-0.6B": replace(SHAPES["Qwen3-Embedding-0.6B"], head="language-model"),
-    "ModernBERT-large-classifier": replace(SHAPES["ModernBERT-large"], head="classification"),
+    "ModernBERT-large-classifier": replace(SHAPES["ModernBERT-large"], head="fresh"),
+    "MiniLM-L6-classifier": replace(SHAPES["all-MiniLM-L6-v2"], head="fresh"),
 }
 """By published name: embedding models from the smallest to the largest, then those with heads."""
 
@@ -188,6 +189,7 @@ def build(
         torch.manual_seed(0)
         kinds: dict[str | None, Any] = {
             None: AutoModel,
+            "fresh": AutoModel,
             "classification": AutoModelForSequenceClassification,
             "language-model": AutoModelForCausalLM,
         }  # fmt: skip
