@@ -276,11 +276,9 @@ def lora_layers(transformer: nn.Module, default: LoraTargets) -> tuple[list[str]
 
 
 def _left_out(layers: list[str], saved: Sequence[str], headed: bool) -> list[str]:
-    """Why these layers get no adapter."""
-    trained = [name for name in layers if name in saved]
-    told = [f"{', '.join(trained)}: trained and saved in full, no adapter"] if trained else []
+    """Why these layers get no adapter; those that train in full are told elsewhere."""
     why = "it belongs to the head, which stays as it is" if headed else "nothing reads its output"
-    return [*told, *(f"{name} gets no adapter: {why}" for name in layers if name not in saved)]
+    return [f"{name} gets no adapter: {why}" for name in layers if name not in saved]
 
 
 def _is_linear(module: nn.Module) -> bool:

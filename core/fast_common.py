@@ -158,6 +158,8 @@ def adapt(
     lora["modules_to_save"] = inside or None
     family = model.burnish.decision.family.family
     notes = add_lora(transformer, family, random_state=random_state, target_modules=target_modules, lora=lora)
+    if inside:
+        notes.insert(0, f"trained and saved in full: {', '.join(inside)}")
     notes += freeze_after_pooling(model, kept)
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length
