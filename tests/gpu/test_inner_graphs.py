@@ -78,10 +78,7 @@ class Bench:
 
     def step(self, batch: Mapping[str, Any], *, graphs: bool = True) -> tuple[float, dict[str, Tensor]]:
         self.model.zero_grad(set_to_none=True)
-        if graphs:
-            loss = self.engine(self.model, batch, None)
-        else:
-            loss = self.eager(self.model, batch, None)
+        loss = self.engine(self.model, batch, None) if graphs else self.eager(self.model, batch, None)
         grads = {name: one.grad.clone() for name, one in self.model.named_parameters() if one.grad is not None}
         return float(loss), grads
 
