@@ -8,9 +8,7 @@ goes through.
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +20,8 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import xxhash
 from numpy.typing import NDArray
 
-from .errors import ConfigError, DataError
-from .files import atomic_folder, discard
-from .settings import user_folder
+from .errors import DataError
+from .stores import Stored, cache_folder, kept, make_room, stores
 from .stream import Tokens
 
 if TYPE_CHECKING:
@@ -32,10 +29,8 @@ if TYPE_CHECKING:
 
 CHUNK = 16_384
 """Texts in a record batch: what is in memory at a time while a store is written."""
-LIMIT = 50 * 2**30
-"""Bytes of all stores; beyond them the least recently used go."""
 _FORMAT = 1
-_FILE, _ABOUT, _LOCKS = "tokens.arrow", "about.json", ".locks"
+_FILE = "tokens.arrow"
 _SCHEMA = pa.schema([pa.field("tokens", pa.large_list(pa.int32()))])
 
 
@@ -91,9 +86,7 @@ def store_folder(asked: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         ConfigError: If there is no home folder to put it in.
     """
-    if asked:
-        return Path(asked)
-    return user_folder("token store", "BURNISH_CACHE", "XDG_CACHE_HOME", ".cache") / "tokens"
+    return cache_folder("token store", "tokens", asked)
 
 
 def texts_in_chunks(dataset: Any, column: str) -> Iterator[Any]:
@@ -184,111 +177,39 @@ def token_column(dataset: Any, column: str, recipe: Recipe, folder: Path, say: C
         BurnishError: If the disk is full.
         DataError: If a text is missing.
     """
-    from filelock import FileLock
-
     key = xxhash.xxh3_128_hexdigest(f"{_FORMAT} {content_hash(dataset, column)} {recipe.key}".encode())
-    place = folder / key
-    if _whole(place, say):
-        return TokenColumn(place / _FILE)
-    lock = FileLock(folder / _LOCKS / key)
-    try:
-        (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        fix = "Set BURNISH_CACHE to a folder that you may write to"
-        raise ConfigError(f"cannot be written to ({error.strerror or error})", where=str(folder), fix=fix) from error
-    try:
-        if _whole(place, lambda line: None):  # another process made it while this one waited; damage is told already
-            return TokenColumn(place / _FILE)
-        started = time.perf_counter()
-        _write(dataset, column, recipe, place)
-        made = TokenColumn(place / _FILE, time.perf_counter() - started)
-    finally:
-        lock.release()
-    make_room(folder, keep=place, say=say)
-    return made
+
+    def make(file: Path) -> dict[str, Any]:
+        return _write(dataset, column, recipe, file)
+
+    again = "its texts are tokenised again"
+    return TokenColumn(*kept(folder, key, _FILE, make, say=say, kind="token stores", again=again))
 
 
-def _write(dataset: Any, column: str, recipe: Recipe, place: Path) -> None:
+def _write(dataset: Any, column: str, recipe: Recipe, file: Path) -> dict[str, Any]:
     tokens = written = 0
-    with atomic_folder(place) as staging:
-        file = staging / _FILE
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            for texts in texts_in_chunks(dataset, column):
-                values, lengths = recipe.tokenise(texts.to_pylist())
-                bounds = np.zeros(len(lengths) + 1, np.int64)
-                np.cumsum(lengths, out=bounds[1:])
-                lists = pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(values))
-                writer.write_batch(pa.record_batch([lists], schema=_SCHEMA))
-                tokens, written = tokens + len(values), written + len(texts)
-        about = {"texts": written, "tokens": tokens, "digest": _digest(file)}
-        about |= {"column": column, "tokenizer": recipe.name, "prompt": recipe.prompt, "longest": recipe.max_length}
-        (staging / _ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        for texts in texts_in_chunks(dataset, column):
+            values, lengths = recipe.tokenise(texts.to_pylist())
+            bounds = np.zeros(len(lengths) + 1, np.int64)
+            np.cumsum(lengths, out=bounds[1:])
+            lists = pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(values))
+            writer.write_batch(pa.record_batch([lists], schema=_SCHEMA))
+            tokens, written = tokens + len(values), written + len(texts)
+    about = {"texts": written, "tokens": tokens}
+    return {**about, "column": column, "tokenizer": recipe.name, "prompt": recipe.prompt, "longest": recipe.max_length}
 
 
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as handle:
-        while block := handle.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _whole(place: Path, say: Callable[[str], None]) -> bool:
-    """Whether a store is there with every byte that was written; it counts as used now."""
-    try:
-        about = json.loads((place / _ABOUT).read_text(encoding="utf-8"))
-        whole = bool(_digest(place / _FILE) == about["digest"])
-    except (FileNotFoundError, NotADirectoryError):
-        if not place.exists():
-            return False
-        whole = False
-    except (ValueError, KeyError, TypeError):  # not the JSON that was written
-        whole = False
-    if not whole:
-        say(f"{place} is damaged: its texts are tokenised again")
-        return False
-    if os.access(place / _ABOUT, os.W_OK):  # another user's store keeps its own time
-        os.utime(place / _ABOUT)
-    return True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """A store: its folder, its size in bytes, and when it was last used, in seconds since 1970."""
-
-    place: Path
-    size: int
-    used: float
-
-
-def stores(folder: Path) -> list[Stored]:
-    """The stores in a folder, the least recently used first."""
-    found = []
-    for about in folder.glob(f"*/{_ABOUT}"):
-        try:
-            size = sum(file.stat().st_size for file in about.parent.iterdir())
-            found.append(Stored(place=about.parent, size=size, used=about.stat().st_mtime))
-        except FileNotFoundError:  # another process has just deleted it
-            continue
-    return sorted(found, key=lambda store: store.used)
-
-
-def make_room(folder: Path, *, keep: Path, say: Callable[[str], None], limit: int | None = None) -> None:
-    """Delete the least recently used stores until all take at most `limit` bytes (None: `LIMIT`), but never `keep`."""
-    bound = LIMIT if limit is None else limit
-    found, gone = stores(folder), 0
-    size = sum(store.size for store in found)
-    for store in found:
-        if size > bound and store.place != keep:
-            try:
-                discard(store.place)
-            except OSError as error:
-                say(f"{store.place} cannot be deleted ({error.strerror or error})")
-                continue
-            (folder / _LOCKS / store.place.name).unlink(missing_ok=True)
-            size, gone = size - store.size, gone + 1
-    if gone:
-        say(
-            f"{gone} of the token stores in {folder} were deleted: together they are kept under {bound / 2**30:.0f} GiB"
-        )
+__all__ = [
+    "CHUNK",
+    "Stored",
+    "TokenColumn",
+    "content_hash",
+    "is_list",
+    "list_bounds",
+    "make_room",
+    "store_folder",
+    "stores",
+    "texts_in_chunks",
+    "token_column",
+]
