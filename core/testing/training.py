@@ -216,12 +216,17 @@ def _printer() -> Any:
 
 
 def heads(subject: Subject) -> str:
-    """A task head that reads a packed batch gives the logits and gradients of the stock model on padded input."""
+    """A task head that reads a packed batch gives the logits and gradients of the stock model on padded input, token
+    types of pairs included; every weight of it trains; an adapter with a classification head is saved, merged and read
+    back by plain Sentence Transformers with the live model's scores."""
     if subject.family.packing is None or not subject.family.heads:
         raise NotApplicable("the family says of no head how it reads a packed batch")
     from . import heads as packed_heads
 
-    return ", ".join(f"{task} {packed_heads.error(subject, task):.0e}" for task in sorted(subject.family.heads))
+    tasks = sorted(subject.family.heads)
+    told = [f"{task} {packed_heads.error(subject, task):.0e}" for task in tasks]
+    kept = [f"saved and read {packed_heads.survival(subject):.0e}"] if packed_heads.CLASSIFY in tasks else []
+    return ", ".join([*told, *kept])
 
 
 def copies(subject: Subject) -> str:

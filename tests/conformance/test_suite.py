@@ -179,6 +179,35 @@ def test_a_head_that_reads_elsewhere_is_seen(examine: Any) -> None:
     assert "the logits for sequence-classification" in failure(examine(change, "heads"), "heads")
 
 
+def test_a_head_without_its_dropout_is_seen(examine: Any) -> None:
+    def change(family: Family) -> Family:
+        def dry(model: Any, vectors: Tensor) -> Any:
+            return model.classifier(model.bert.pooler(vectors[:, None]))
+
+        return replace(family, heads={"sequence-classification": Head(reads="first", logits=dry, inside=("pooler",))})
+
+    assert "dropout is not drawn in training" in failure(examine(change, "heads"), "heads")
+
+
+def test_a_head_that_names_what_is_not_there_is_seen(examine: Any) -> None:
+    def change(family: Family) -> Family:
+        head = Head(reads="first", logits=bert.classify, inside=("pooled",))
+        return replace(family, heads={"sequence-classification": head})
+
+    assert "the head has no pooled inside the base model" in failure(examine(change, "heads"), "heads")
+
+
+def test_columns_that_are_others_are_seen(examine: Any) -> None:
+    def change(family: Family) -> Family:
+        def wrong(model: Any, vectors: Tensor, columns: Tensor) -> Tensor:
+            return qwen3.predict_some(model, vectors, columns.flip(0))
+
+        head = Head(reads="last", logits=qwen3.predict, columns=wrong)
+        return replace(family, heads={"text-generation": head})
+
+    assert "the logits of columns" in failure(examine(change, "heads", module=qwen3), "heads")
+
+
 def test_masters_in_half_precision_are_seen(examine: Any) -> None:
     change: Break = lambda family: replace(family, precision=Precision(full="bfloat16"))  # noqa: E731
     assert failure(examine(change, "master weights"), "master weights") == "the masters are not float32"
