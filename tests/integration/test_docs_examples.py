@@ -221,6 +221,20 @@ def test_the_lora_example(tiny_bert_st: Path, hub_cache: Path, tmp_path: Path) -
     assert not changed(tiny_bert_st, tiny_bert_st)
 
 
+def test_the_reranking_example(tiny_bert_st: Path, hub_cache: Path, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    few = ["--steps", "2", "--train-queries", "16", "--test-queries", "4"]
+    said = run_example("rerank.py", hub_cache, tmp_path, "--model", str(tiny_bert_st), *few)
+    assert re.search(r"trained on 80 pairs of 16 queries; saved to reranker\n", said)
+    # BM25's own figures on these four queries, and three techniques with their scores.
+    assert re.search(
+        r"nDCG@10 0\.\d{3} \(0\.\d{3} to 0\.\d{3}, 4 queries; as they came 0\.750, at best 0\.750\)\n", said
+    )
+    assert len(re.findall(r"^0\.\d{3}  \w", said, flags=re.MULTILINE)) == 3
+    assert CrossEncoder(str(tmp_path / "reranker"), device="cpu").predict([("a", "b")]).shape == (1,)
+
+
 def test_the_sentence_transformers_example(minilm: Path, hub_cache: Path, tmp_path: Path) -> None:
     said = run_example("from_sentence_transformers.py", hub_cache, tmp_path, "--steps", "2")
     assert "burnish" not in said and "held-out accuracy" in said
