@@ -10,8 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..evaluate import RetrievalResult
     from ..runs import RunResult
+    from ..verifying import Verdict
 
 
 def _console() -> Console:
@@ -55,6 +58,27 @@ def scores(title: str, result: RetrievalResult) -> None:
         for name in result.metrics()
     ]
     table(title, ("metric", "value", "95% interval"), rows)
+
+
+def verdicts(folder: Path, found: Sequence[Verdict]) -> None:
+    """Print how runtimes compare with a folder's golden vectors, and what is wrong."""
+    rows = [
+        (
+            verdict.runtime,
+            ", ".join(f"{name} {version}" for name, version in verdict.versions.items()),
+            "-" if verdict.cosine is None else f"{verdict.cosine:.6f}",
+            f"{verdict.difference:.1e}",
+            f"{verdict.rank:.1%}",
+            {True: "same", False: "other", None: "not told"}[verdict.tokens],
+            "yes" if verdict.good else "no",
+        )
+        for verdict in found
+    ]
+    headings = ("runtime", "versions", "smallest cosine", "largest difference", "same order", "tokens", "right")
+    table(f"{folder}, {found[0].inputs} golden inputs", headings, rows)
+    for verdict in found:
+        for fault in verdict.faults:
+            _console().print(Text(f"{verdict.runtime}: {fault}"))
 
 
 def outcome(result: RunResult) -> None:

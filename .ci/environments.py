@@ -1,0 +1,115 @@
+"""Makes the environments in which exports are verified: older releases of what reads models, and other runtimes.
+
+    python .ci/environments.py FOLDER [NAME …]
+
+Each gets its own pinned packages by pip, without what they depend on. Torch, numpy and others that need not be old come
+from the environment that runs this, by links: half a minute and 150 MB each in place of several minutes and 1.4 GB.
+Nothing is ever installed over a link, since pip would remove the files behind it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Iterable
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+# Of any version: what these and whatever they depend on are, but for what an environment pins.
+TORCH = ["torch", "numpy", "scipy", "scikit-learn", "accelerate", "requests", "pyyaml", "regex", "tqdm", "pillow"]
+RUNTIME = ["numpy", "tokenizers"]
+# Name: (pinned here, linked from there). None links everything, for what runs Burnish itself.
+ENVIRONMENTS: dict[str, tuple[list[str], list[str] | None]] = {
+    "st-3.4": (
+        ["sentence-transformers==3.4.1", "transformers==4.48.3", "tokenizers==0.21.4", "huggingface_hub==0.36.2",
+         "peft==0.14.0"],
+        TORCH,
+    ),
+    "st-5.7": (
+        ["sentence-transformers==5.7.0", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2",
+         "peft==0.17.1"],
+        TORCH,
+    ),
+    "onnxruntime": (["onnxruntime==1.32.0", "flatbuffers==25.12.19", "protobuf==7.36.2"], RUNTIME),
+    "openvino": (["openvino==2026.4.1"], RUNTIME),
+    "fastembed": (
+        ["fastembed==0.9.1", "onnxruntime==1.32.0", "flatbuffers==25.12.19", "protobuf==7.36.2",
+         "huggingface_hub==1.33.0", "loguru==0.7.3", "mmh3==5.3.1", "py_rust_stemmers==0.1.8", "httpx==0.28.1",
+         "httpcore==1.0.9"],
+        [*RUNTIME, "pillow", "requests", "tqdm", "pyyaml", "filelock", "fsspec", "hf-xet", "click", "h11", "anyio"],
+    ),
+    "exporter": (
+        ["onnx==1.23.2", "onnxscript==0.7.2", "onnx_ir==1.1.0", "onnxruntime==1.32.0", "ml_dtypes==0.5.4",
+         "flatbuffers==25.12.19", "protobuf==7.36.2", "openvino==2026.4.1"],
+        None,
+    ),
+}  # fmt: skip
+
+
+def make(folder: Path, name: str) -> Path:
+    """The Python of an environment, made if it is not there as it should be."""
+    pinned, linked = ENVIRONMENTS[name]
+    place = folder.absolute() / name
+    python, stamp = place / "bin" / "python", place / "made-of"
+    said = f"{sys.version}\n{place}\n{pinned}\n{linked}\n"
+    if stamp.exists() and stamp.read_text() == said and python.exists():
+        return python
+    venv.create(place, clear=True, with_pip=False, symlinks=True)
+    if pinned:
+        command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *pinned]
+        subprocess.run(command, check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    (site,) = place.glob("lib/python*/site-packages")
+    (site / "links.pth").write_text(_everything() if linked is None else f"{_links(place / 'links', linked, pinned)}\n")
+    stamp.write_text(said)
+    return python
+
+
+def _everything() -> str:
+    """A line of a .pth file that shows all that is installed here, editable distributions too."""
+    return f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+
+
+def _links(place: Path, names: Iterable[str], pinned: Iterable[str]) -> Path:
+    """A folder that holds links to what some distributions of this environment, and all below them, consist of."""
+    place.mkdir()
+    for distribution in _closure(names, {_plain(requirement.partition("==")[0]) for requirement in pinned}):
+        site = Path(str(distribution.locate_file("")))
+        parts = {file.parts[0] for file in distribution.files or ()}
+        for top in parts - {"..", "bin", "__pycache__"}:
+            if not (place / top).exists():
+                (place / top).symlink_to(site / top)
+    return place
+
+
+def _closure(names: Iterable[str], without: set[str]) -> list[importlib.metadata.Distribution]:
+    found: dict[str, importlib.metadata.Distribution] = {}
+    left = [_plain(name) for name in names]
+    while left:
+        name = left.pop()
+        if name in found or name in without:
+            continue
+        found[name] = importlib.metadata.distribution(name)
+        needs = [Requirement(text) for text in found[name].requires or ()]
+        left += [_plain(need.name) for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return list(found.values())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def main() -> None:
+    """Make those that are named, or all."""
+    folder, *names = sys.argv[1:]
+    for name in names or ENVIRONMENTS:
+        print(f"{name}: {make(Path(folder), name)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

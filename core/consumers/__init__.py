@@ -1,0 +1,12 @@
+"""What reads a saved model elsewhere, one script a runtime: run by `burnish verify` in that runtime's own Python.
+
+A script imports nothing of Burnish and nothing that its runtime does not bring. It is called with two paths: of a JSON
+file with the request, and of one to write the answer to.
+
+Request: "folder", "kind" ("embeddings" or "scores"), "inputs" (texts or pairs, as they were asked), "prompts" (the name
+of each text's prompt, or null), "texts" (the inputs with their prompts before them), "deploy" (the folder's
+`deploy.json`) and "variant" (a file of the folder, or null).
+
+Answer: "versions" (of what computed it), "outputs" (a vector or logits for each input) and "token_ids" (for each input;
+null where the runtime does not tell).
+"""

@@ -1,0 +1,64 @@
+"""transformers alone: the model as AutoModel reads it, pooled by hand as `deploy.json` says."""
+
+import json
+import sys
+
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+
+def pooled(states, mask, mode):
+    """(N, hidden) vectors of (N, tokens, hidden) states by one of Sentence Transformers' modes."""
+    wide = mask[..., None].to(states.dtype)
+    if mode == "cls":
+        first = mask.argmax(1)
+        return states[torch.arange(len(states)), first]
+    if mode == "lasttoken":
+        last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        return states[torch.arange(len(states)), last]
+    if mode == "max":
+        return states.masked_fill(wide == 0, -1e9).max(1).values
+    if mode == "weightedmean":
+        wide = wide * torch.arange(1, states.shape[1] + 1, dtype=states.dtype)[None, :, None]
+    total = (states * wide).sum(1)
+    count = wide.sum(1).clamp(min=1e-9)
+    return total / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)
+
+
+def main() -> None:
+    """Answer the request in the file that is named first, in the file named second."""
+    with open(sys.argv[1], encoding="utf-8") as file:
+        request = json.load(file)
+    deploy, folder = request["deploy"], request["folder"]
+    scores = request["kind"] == "scores"
+    if deploy["dense"]:
+        sys.exit("the model has Dense layers after its pooling, which transformers alone does not compute")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = (AutoModelForSequenceClassification if scores else AutoModel).from_pretrained(folder)
+    model = model.float().eval()
+    outputs, ids = [], []
+    for text in request["inputs"] if scores else request["texts"]:
+        given = text if isinstance(text, list) else [text]
+        batch = tokenizer(*given, truncation=True, max_length=deploy["max_seq_length"], return_tensors="pt")
+        with torch.no_grad():
+            found = model(**batch)
+        if scores:
+            vector = found.logits
+        else:
+            modes = deploy["pooling"] if isinstance(deploy["pooling"], list) else [deploy["pooling"]]
+            vector = torch.cat([pooled(found.last_hidden_state, batch["attention_mask"], mode) for mode in modes], 1)
+            vector = torch.nn.functional.normalize(vector) if deploy["normalize"] else vector
+        outputs.append(vector[0].tolist())
+        ids.append(batch["input_ids"][0].tolist())
+    answer = {
+        "versions": {one.__name__: one.__version__ for one in (transformers, torch)},
+        "outputs": outputs,
+        "token_ids": ids,
+    }
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        json.dump(answer, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""`burnish verify`: what another runtime makes of a saved folder, compared with the folder's golden vectors.
+
+The runtime runs in a process, and where it is named in a Python, of its own: what reads a model seldom agrees with what
+trains it on versions. The scripts are in `consumers`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import deploy, golden
+from .errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+# Runtime to what pip calls it. A script with_NAME.py in `consumers` is all that another one takes.
+RUNTIMES = {
+    "sentence-transformers": "sentence-transformers",
+    "transformers": "transformers",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "fastembed": "fastembed",
+}
+# Another order of summation moves a float32 vector by 1e-7 of its length; a wrong pooling or a lost prompt by 1e-2.
+COSINE = 0.9999
+# Of the largest score: logits have no unit.
+SCORES = 1e-3
+# What the reference tells apart by less than this has no order that another runtime could get wrong.
+TIE = 1e-5
+_SECONDS = 1800
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How one runtime compares with the golden vectors.
+
+    Args:
+        runtime: Its name.
+        versions: What computed the answers, by name.
+        inputs: How many texts or pairs were compared.
+        cosine: The smallest cosine of an embedding with its golden one; None for scores.
+        difference: The largest absolute difference of a number.
+        rank: Share of the pairs of results that are in the same order as by the golden ones; 1.0 if nothing is.
+        tokens: Whether every input became the same tokens; None where the runtime does not tell.
+        faults: What is not as it must be, one line each.
+    """
+
+    runtime: str
+    versions: dict[str, str]
+    inputs: int
+    cosine: float | None
+    difference: float
+    rank: float
+    tokens: bool | None
+    faults: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether the runtime computes this model."""
+        return not self.faults
+
+
+def verify(
+    folder: Path, runtime: str | None = None, *, python: Path | None = None, variant: str | None = None,
+    cosine: float | None = None,
+) -> Verdict:  # fmt: skip
+    """Run a consumer of a saved folder and compare.
+
+    Args:
+        folder: What Burnish saved or exported.
+        runtime: One of `RUNTIMES`; None for the one that the folder was made for.
+        python: The Python to run it with; None for this one.
+        variant: A file of the folder in place of its main one, such as "onnx/model_fp16.onnx".
+        cosine: The smallest cosine that is good; None for `COSINE`, or what the folder was measured to have where it
+            holds rounded weights.
+
+    Raises:
+        ConfigError: For an unknown runtime, or one that this Python lacks.
+        ModelError: If the folder holds no golden vectors, or the runtime does not read it.
+    """
+    described = deploy.read(folder)
+    reference = _golden(folder, described)
+    name = runtime or described.get("runtime", "sentence-transformers")
+    if name not in RUNTIMES:
+        raise ConfigError(f"{name!r} is unknown", where="--runtime", fix=f"Known: {', '.join(RUNTIMES)}")
+    if variant is not None and not (folder / variant).is_file():
+        raise ConfigError(f"the folder has no {variant}", where="--variant", fix="Name one of its files")
+    request = {
+        "folder": str(folder.absolute()), "deploy": described, "variant": variant, "kind": reference["kind"],
+        **{key: reference.get(key) for key in ("inputs", "prompts", "texts")},
+    }  # fmt: skip
+    answer = _ask(name, request, python)
+    wanted = cosine if cosine is not None else _expected(described, variant)
+    return _compare(name, reference, answer, wanted, deploy.changed(folder, described))
+
+
+def _golden(folder: Path, described: deploy.Description) -> dict[str, Any]:
+    if described.get("golden") is None:
+        reason = described.get("golden_reason") or "none were made"
+        raise ModelError(f"there are no golden vectors ({reason})", where=str(folder), fix="Verify a merged folder")
+    reference: dict[str, Any] = json.loads((folder / described["golden"]).read_text(encoding="utf-8"))
+    if reference.get("schema") != golden.SCHEMA:
+        raise ModelError(f"is not of the schema {golden.SCHEMA}", where=str(folder / golden.FILE), fix="Save it again")
+    return reference
+
+
+def _expected(described: deploy.Description, variant: str | None) -> float:
+    """The bound for a file: how far it was measured to be off when its weights were rounded, and half of that more."""
+    file = variant or described.get("runtime_file")
+    quality = next((row for row in described.get("quality", []) if row["file"] == file and row.get("rounded")), None)
+    return COSINE if quality is None else min(COSINE, 1 - 1.5 * (1 - quality["cosine_min"]))
+
+
+def _ask(name: str, request: dict[str, Any], python: Path | None) -> dict[str, Any]:
+    script = Path(__file__).with_name("consumers") / f"with_{name.replace('-', '_')}.py"
+    with tempfile.TemporaryDirectory(prefix="burnish-verify-") as place:
+        asked, answered = Path(place) / "request.json", Path(place) / "answer.json"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        command = [str(python or sys.executable), str(script), str(asked), str(answered)]
+        quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+        kept = {key: value for key, value in os.environ.items() if python is None or not key.startswith("PYTHON")}
+        try:
+            done = subprocess.run(
+                command, cwd=place, env=kept | quiet, capture_output=True, text=True, timeout=_SECONDS, check=False
+            )
+        except OSError as error:
+            raise ConfigError(f"cannot be run ({error.strerror})", where="--python", fix="Name a Python") from error
+        except subprocess.TimeoutExpired as error:
+            raise ModelError(f"{name} gave no answer in {_SECONDS} s", where=request["folder"]) from error
+        if done.returncode == 0 and answered.exists():
+            found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+            return found
+    raise _failure(name, request["folder"], done.stderr, python)
+
+
+def _failure(name: str, folder: str, said: str, python: Path | None) -> ConfigError | ModelError:
+    lines = [line for line in said.strip().splitlines() if line.strip()] or ["it said nothing"]
+    if lines[-1].startswith("ModuleNotFoundError"):
+        where = f"--runtime {name}" if python is None else f"--python {python}"
+        fix = f"pip install {RUNTIMES[name]} there, or name a Python that has it with --python"
+        return ConfigError(lines[-1].partition(": ")[2], where=where, fix=fix)
+    return ModelError(f"{name} does not read it: {lines[-1][:300]}", where=folder, fix="Run it by hand to see the rest")
+
+
+def _compare(
+    name: str, reference: dict[str, Any], answer: dict[str, Any], wanted: float, faults: Sequence[str]
+) -> Verdict:
+    ours = _table(reference["outputs"])
+    theirs = _table(answer["outputs"])
+    found = [*faults]
+    scores = reference["kind"] == "scores"
+    if ours.shape[0] != theirs.shape[0] or (theirs.shape[1] > ours.shape[1]):
+        shapes = f"{theirs.shape[0]} x {theirs.shape[1]} numbers, not {ours.shape[0]} x {ours.shape[1]}"
+        found.append(f"it gives {shapes}")
+        theirs = np.full_like(ours, np.nan)
+    ours = ours[:, : theirs.shape[1]]  # a model that is cut to fewer dimensions gives the first ones
+    difference = float(np.abs(ours - theirs).max())
+    cosine = None if scores else float(_cosines(ours, theirs).min())
+    tokens = _same_tokens(reference["token_ids"], answer["token_ids"])
+    if cosine is not None and not cosine >= wanted:
+        found.append(f"the smallest cosine is {cosine:.6f}, below {wanted:.6f}")
+    if scores and not difference <= SCORES * max(1.0, float(np.abs(ours).max())):
+        found.append(f"a score is off by {difference:.2e}")
+    if tokens is False:
+        found.append(f"{_odd_tokens(reference, answer)} of {len(ours)} inputs became other tokens")
+    return Verdict(
+        runtime=name, versions=answer["versions"], inputs=len(ours), cosine=cosine, difference=difference,
+        rank=_same_order(ours, theirs, scores), tokens=tokens, faults=tuple(found),
+    )  # fmt: skip
+
+
+def _table(rows: Any) -> NDArray[np.float64]:
+    table = np.asarray([row if isinstance(row, list) else [row] for row in rows], dtype=np.float64)
+    return table
+
+
+def _cosines(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cosine of each row with its counterpart; two rows without a direction agree."""
+    lengths = np.linalg.norm(ours, axis=1), np.linalg.norm(theirs, axis=1)
+    nothing = (lengths[0] == 0) & (lengths[1] == 0)
+    product = np.maximum(lengths[0] * lengths[1], 1e-300)
+    cosines: NDArray[np.float64] = np.where(nothing, 1.0, (ours * theirs).sum(1) / product)
+    return cosines
+
+
+def _same_tokens(ours: Sequence[Any], theirs: Sequence[Any] | None) -> bool | None:
+    known = [one for one in ours if one is not None]
+    return None if theirs is None or not known else list(ours) == list(theirs)
+
+
+def _odd_tokens(reference: dict[str, Any], answer: dict[str, Any]) -> int:
+    return sum(one != other for one, other in zip(reference["token_ids"], answer["token_ids"], strict=True))
+
+
+def _same_order(ours: NDArray[np.float64], theirs: NDArray[np.float64], scores: bool) -> float:
+    """Share of pairs of results that come in the same order.
+
+    For embeddings each text is asked for all the others by cosine; scores are ordered column by column. Pairs that the
+    golden values tell apart by less than `TIE` are left out.
+    """
+    if scores:
+        lists = list(zip(ours.T, theirs.T, strict=True))
+    else:
+        lists = [
+            (np.delete(one, place), np.delete(other, place))
+            for place, (one, other) in enumerate(zip(_gram(ours), _gram(theirs), strict=True))
+        ]
+    same = total = 0
+    for one, other in lists:
+        apart = np.triu(np.abs(one[:, None] - one[None, :]) > TIE, 1)
+        agree = np.sign(one[:, None] - one[None, :]) == np.sign(other[:, None] - other[None, :])
+        same, total = same + int((apart & agree).sum()), total + int(apart.sum())
+    return same / total if total else 1.0
+
+
+def _gram(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
+    product: NDArray[np.float64] = unit @ unit.T
+    return product
