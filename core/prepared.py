@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,7 @@ from . import saving
 from .adapters import adapter_base, mend_saved, read_adapter, split_saved
 from .errors import ConfigError
 from .files import atomic_folder
+from .hub import push_as_stock
 from .layout import check_layout
 from .loading import EMBED, Decision, Repository, check_length, decide, has_transformer, read_repository
 from .options import LoadOptions, model_kwargs_dtype
@@ -285,27 +286,26 @@ class Prepared(BaseModel):
         create_pr: bool = False,
         exist_ok: bool = True,
         layout: str = "compatible",
+        replace_model_card: bool = False,
     ) -> str:
-        """Push what `save_pretrained_merged` would save; returns the commit's URL.
+        """Push what `save_pretrained_merged` would save; returns the commit's address, or the pull request's.
 
-        `token=None` means the one that `hf auth login` left or `HF_TOKEN` holds.
+        The parameters are those of `save_pretrained_merged`, and of `push_to_hub` otherwise; docs/hub.md tells them.
+
+        Raises:
+            ConfigError: If what is asked for cannot be.
+            HubError: If the upload failed: the error names the folder with the model, and the command that goes on.
         """
         return saving.push_merged(
             self, repo_id, tokenizer, save_method, layout, token=token, private=private, commit_message=commit_message,
-            revision=revision, create_pr=create_pr, exist_ok=exist_ok,
+            revision=revision, create_pr=create_pr, exist_ok=exist_ok, replace_card=replace_model_card,
         )  # fmt: skip
 
     if not TYPE_CHECKING:  # for a checker the signature stays Sentence Transformers' own, and takes `layout` beside it
 
         @wraps(BaseModel.push_to_hub)
-        def push_to_hub(self, *args: Any, layout: str = "compatible", **keywords: Any) -> str:
-            check_layout(layout)
-            # What is pushed is what `save_pretrained` writes, which is told nothing of the push.
-            object.__setattr__(self, "save_pretrained", partial(self.save_pretrained, layout=layout))
-            try:
-                return super().push_to_hub(*args, **keywords)
-            finally:
-                object.__delattr__(self, "save_pretrained")
+        def push_to_hub(self, repo_id: str, *arguments: Any, layout: str = "compatible", **keywords: Any) -> str:
+            return push_as_stock(self, repo_id, *arguments, layout=layout, **keywords)
 
     def activation_checkpointing_enable(
         self,

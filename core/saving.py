@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import deploy
 from .errors import ConfigError, ModelError
 from .files import atomic_folder
+from .hub import push_model
 from .layout import check_layout, make_compatible
 from .provenance import write
 from .quantised import dequantised, is_quantised, transposed
@@ -187,20 +188,20 @@ def save_merged(model: Prepared, path: Path, tokenizer: Any, save_method: str | 
 
 
 def push_merged(model: Prepared, repo_id: str, tokenizer: Any, save_method: str | None, layout: str, **hub: Any) -> str:
-    """Push the merged model; `hub` is what Sentence Transformers' `push_to_hub` takes."""
+    """Push the merged model; `hub` is what `hub.Push` takes."""
     if save_method == "lora":
+        hub["replace_model_card"] = hub.pop("replace_card", False)
         return str(model.push_to_hub(repo_id, **hub, layout=layout))  # type: ignore[call-arg]
     check_layout(layout)
     plain = _with_tokenizer(merged_model(model, save_method), tokenizer)
-    save = plain.save
+    hub["commit_message"] = hub.get("commit_message") or f"Add new {type(plain).__name__} model"
 
-    # What a push uploads is what the model saves just before, with or without a card as the repository needs one.
-    def save_all(path: str, *args: Any, **keywords: Any) -> None:
-        save(path, *args, **keywords)
-        finish(model, plain, Path(path), layout, merged=True)
+    def save(folder: Path) -> None:
+        with atomic_folder(folder) as staging:
+            plain.save(str(staging))
+            finish(model, plain, staging, layout, merged=True)
 
-    plain.save = save_all  # type: ignore[method-assign]
-    return str(plain.push_to_hub(repo_id, **hub))
+    return push_model(plain, save, repo_id, **hub)
 
 
 def _with_tokenizer(plain: BaseModel, tokenizer: Any) -> BaseModel:

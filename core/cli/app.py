@@ -12,6 +12,8 @@ import typer
 from .flags import config_command
 from .plan import plan
 from .plugins import plugins
+from .push import push
+from .verify import verify
 
 # Click's base of all usage errors, whether click is installed or typer brings its own copy of it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -165,6 +167,10 @@ def export(
         print(path)
 
 
+app.command(short_help="Upload a saved model to the Hugging Face Hub.")(push)
+app.command(short_help="Run what serves a saved model, and compare.")(verify)
+
+
 @app.command(short_help="What a model would get, and why, without loading weights.")
 def doctor(
     model: Model,
@@ -203,7 +209,7 @@ app.add_typer(plugins, name="plugins", short_help="Families, backends and kernel
 
 
 INTERRUPTED = 130
-COMMANDS = ("quickstart", "train", "eval", "export", "doctor", "plan", "plugins")
+COMMANDS = ("quickstart", "train", "eval", "export", "verify", "push", "doctor", "plan", "plugins")
 # Said of one plugin, as in `burnish plugin new NAME`, it is the same group.
 ALIASES = {"plugin": "plugins"}
 

@@ -8,7 +8,6 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,20 +182,14 @@ def test_a_checkpoint_has_it(load: Make, tiny_bert_st: Path, pairs: Any, plain: 
 
 @pytest.fixture
 def pushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where the files land that a push uploads; the repository has no card yet."""
+    """Where the files land that a push uploads."""
 
-    class Api:
-        def __init__(self, token: Any = None) -> None: ...
+    def upload(folder: Path, _: Any) -> str:
+        shutil.copytree(folder, tmp_path / "pushed")
+        return "https://hub.test/commit/1"
 
-        def create_repo(self, repo_id: str, **_: Any) -> Any:
-            return SimpleNamespace(repo_id=repo_id)
-
-        def upload_folder(self, folder_path: str, **_: Any) -> Any:
-            shutil.copytree(folder_path, tmp_path / "pushed")
-            return SimpleNamespace(commit_url="https://hub.test/commit/1")
-
-    monkeypatch.setattr("sentence_transformers.base.model.HfApi", Api)
-    monkeypatch.setattr("sentence_transformers.base.model.load_file_path", lambda *_, **__: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("burnish.core.hub.upload", upload)
     return tmp_path / "pushed"
 
 
@@ -210,13 +203,6 @@ def test_what_is_pushed_has_it(adapted: Make, pushed: Path, texts: list[str], pl
     assert record(pushed)["adapter"]["merged"] is (how != "adapter")
     assert card(pushed).count(TITLE) == 1 and 'SentenceTransformer("me/model"' in card(pushed)
     assert abs(plain(pushed).encode(texts) - model.encode(texts)).max() <= 1e-5
-
-
-def test_a_repositorys_own_card_is_not_replaced(adapted: Make, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted()
-    monkeypatch.setattr("sentence_transformers.base.model.load_file_path", lambda *_, **__: "README.md")
-    model.push_to_hub_merged("me/model", tokenizer=model.tokenizer)
-    assert not (pushed / "README.md").exists() and record(pushed)["adapter"]["merged"] is True
 
 
 def test_it_is_read_from_the_hub_at_the_revision_that_is_loaded(hub_cache: Path, load: Make, tmp_path: Path) -> None:
