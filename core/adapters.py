@@ -13,6 +13,7 @@ from torch import nn
 
 from .contracts import Family, LoraTargets
 from .errors import ConfigError, ModelError
+from .heads import within
 from .quantised import has_short_rows, layers
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def check_adaptable(model: Prepared) -> PreTrainedModel:
 def _inside(transformer: PreTrainedModel, saved: Iterable[str]) -> list[str]:
     """The linear layers that are, or stand inside of, modules that train in full."""
     linear = [name for name, module in transformer.named_modules() if _is_linear(module)]
-    return [full for full in linear if any(f".{name}." in f".{full}." for name in saved)]
+    return [full for full in linear if within(full, saved)]
 
 
 def _targets(

@@ -26,14 +26,13 @@ from . import saving
 from .adapters import adapter_base, freeze_after_pooling, split_saved
 from .contracts import Inner
 from .errors import ConfigError
-from .heads import fresh_modules, head_modules, read_vectors
+from .heads import fresh_modules, head_modules, read_vectors, within
 from .inputs import prompt_notes
-from .loading import EMBED, Repository, saved_task, skeleton
+from .loading import CLASSIFY, EMBED, GENERATE, Repository, saved_task, skeleton
 from .packing import Flattening, pool_packed
 from .preparation import Preparation, describe_pooling
 from .prepared import Prepared
 
-CLASSIFY, GENERATE = "sequence-classification", "text-generation"
 # What a packed forward takes; token types only where the tokenizer gives them.
 _INPUTS = (
     "input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "token_type_ids",
@@ -157,7 +156,7 @@ class CrossEncoder(Prepared, Stock):
         if names is None:
             inside = head
             kept = frozenset(type(module).__name__ for module in list(self.children())[1:])
-        lost = [name for name in self.fresh if not any(f".{part}." in f".{name}." for part in inside)]
+        lost = [name for name in self.fresh if not within(name, inside)]
         if names is not None and lost:
             what = f"{', '.join(lost)} was drawn at random, and would neither train nor be saved"
             raise ConfigError(what, where="modules_to_save", fix="Leave it out, or name that too")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .choices import Considered
 from .contracts import BackendSpec, CommandSpec, ExporterSpec, FamilySpec, KernelSpec
 from .discovery import Plugin, find, installed
-from .loading import Decision, Repository, decide, read_repository, skeleton
+from .heads import head_modules, within
+from .loading import CLASSIFY, EMBED, Decision, Repository, decide, read_repository, skeleton, task_of
 from .options import LoadOptions, Purpose
 from .patching import PatchPlan
 from .registry import Failure, Registry, registry
@@ -111,12 +112,13 @@ def explain(
     named = None if plugins is None else tuple(plugins)
     options = LoadOptions(purpose=purpose, backend=backend, plugins=named, quiet=True)
     repository = read_repository(model, trust_remote_code=trust_remote_code, plugins=named)
-    decision = decide(options, repository.config, device or get_device_name(), base=repository.base)
+    task = task_of(repository)
+    decision = decide(options, repository.config, device or get_device_name(), base=repository.base, task=task)
     transformer = skeleton(repository, decision.task, trust_remote_code)
     left = [("-", line) for line in decision.family.family.leaves]
     return [
         ("Model", _model_rows(repository)),
-        ("Family", [*_family_rows(decision), ("pooling", _pooling(decision, repository))]),
+        ("Family", [*_family_rows(decision), _reading(decision, repository)]),
         ("Weights and input", _weight_rows(decision)),
         ("Backend", _backend_rows(decision)),
         ("Patches", _patch_rows(decision, transformer)),
@@ -144,6 +146,17 @@ def _family_rows(decision: Decision) -> list[tuple[str, str]]:
         ("chosen", f"{choice.family.name} of {choice.plugin.label}: {choice.reason}"),
         *_considered(choice.considered),
     ]
+
+
+def _reading(decision: Decision, repository: Repository) -> tuple[str, str]:
+    """How token vectors become an embedding, or what a task head reads of them."""
+    if decision.task == EMBED:
+        return "pooling", _pooling(decision, repository)
+    head = decision.head
+    if head is None:
+        return "head", f"{decision.task}; the family does not say what it reads, so input is padded"
+    words = {"every": "every token", "mean": "the mean of the tokens"}
+    return "head", f"{decision.task}, reads {words.get(head.reads, f'the {head.reads} token')}"
 
 
 def _pooling(decision: Decision, repository: Repository) -> str:
@@ -183,8 +196,13 @@ def _patch_rows(decision: Decision, transformer: PreTrainedModel) -> list[tuple[
 def _lora_rows(decision: Decision, transformer: PreTrainedModel) -> list[tuple[str, str]]:
     from .adapters import lora_layers
 
+    head = head_modules(transformer, decision.head) if decision.task != EMBED else []
     layers, dead = lora_layers(transformer, decision.family.family.lora)
+    layers, dead = ([name for name in found if not within(name, head)] for found in (layers, dead))
     rows = [
         ("layers", f"{len(layers)} linear layers: {', '.join(sorted({name.rsplit('.', 1)[-1] for name in layers}))}")
     ]
+    if head:
+        kept = "trained and saved in full" if decision.task == CLASSIFY else "stays as it is"
+        rows.append(("head", f"{', '.join(head)}: {kept}"))
     return [*rows, *(("left out", f"{name}: nothing reads its output") for name in dead)]

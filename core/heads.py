@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +63,11 @@ def head_modules(transformer: PreTrainedModel, head: Head | None) -> list[str]:
         if name.endswith(tuple(f".{suffix}" for suffix in suffixes)) and any(True for _ in module.parameters())
     ]
     return [*inside, *(outside if base is not transformer else ())]
+
+
+def within(path: str, parts: Iterable[str]) -> bool:
+    """Whether a module is one of `parts` or stands inside of one."""
+    return any(f".{part}." in f".{path}." for part in parts)
 
 
 def fresh_modules(transformer: PreTrainedModel) -> list[str]:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 EMBED = "feature-extraction"
-"""Sentence Transformers' name for what the transformer of an embedding model is loaded for."""
+CLASSIFY, GENERATE = "sequence-classification", "text-generation"
+"""Sentence Transformers' names for what a transformer is loaded for: of an embedding model, and of a cross-encoder."""
 
 # The files whose presence decides how a repository is read.
 PROBED = (
@@ -167,14 +168,22 @@ def skeleton(repository: Repository, task: str, trust_remote_code: bool) -> PreT
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kinds: dict[str, Any] = {
-        "sequence-classification": AutoModelForSequenceClassification,
-        "text-generation": AutoModelForCausalLM,
+        CLASSIFY: AutoModelForSequenceClassification,
+        GENERATE: AutoModelForCausalLM,
     }
     with torch.device("meta"):
         model: PreTrainedModel = kinds.get(task, AutoModel).from_config(
             repository.config, trust_remote_code=trust_remote_code
         )
     return model
+
+
+def task_of(repository: Repository) -> str:
+    """What a repository's transformer is for, as far as its files say: a head that is saved is meant to be read."""
+    architecture = (repository.config.architectures or [""])[0]
+    if "modules.json" in repository.files:
+        return saved_task(repository.name)
+    return CLASSIFY if architecture.endswith("ForSequenceClassification") else EMBED
 
 
 def saved_task(name: str, **hub: Any) -> str:
