@@ -51,7 +51,8 @@ class Classes:
     @classmethod
     def of(cls, model: CrossEncoder) -> Classes:
         """Those of a model: `id2label` and `problem_type` of its config."""
-        named: Mapping[int, str] = getattr(model.config, "id2label", None) or {}
+        given: Mapping[Any, str] = getattr(model.config, "id2label", None) or {}
+        named = {int(place): name for place, name in given.items()}
         return cls(tuple(str(named.get(at, f"LABEL_{at}")) for at in range(model.num_labels)), problem_of(model))
 
     @cached_property

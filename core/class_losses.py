@@ -14,7 +14,7 @@ for the same `problem_type`. No loss asks the device for a number, so that a ste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
 Weights = Literal["balanced"] | Sequence[float] | None
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+SINGLE: Final = "single_label_classification"
+MULTI: Final = "multi_label_classification"
+REGRESSION: Final = "regression"
 
 
 def balanced_weights(labels: ArrayLike, classes: int) -> NDArray[np.float64]:

@@ -234,7 +234,9 @@ def reliability_chart(result: ClassResult, raw: NDArray[np.float64] | None = Non
         for one in now:
             if one.count:
                 width, middle = one.high - one.low, (one.low + one.high) / 2
-                axes.bar(middle, one.accuracy, 0.9 * width, color=AFTER, alpha=0.2 + 0.8 * one.count / largest)
+                axes.bar(
+                    middle, one.accuracy, 0.9 * width, color=AFTER, alpha=min(1.0, 0.2 + 0.8 * one.count / largest)
+                )
         if earlier:
             kept = [one for one in earlier if one.count]
             line = [(one.low + one.high) / 2 for one in kept], [one.accuracy for one in kept]

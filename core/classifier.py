@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,11 @@ from .class_data import Classes, check_problem, prepare
 from .class_losses import MULTI, REGRESSION, SINGLE
 from .class_metrics import RESAMPLES, THRESHOLD, ClassResult
 from .classifier_head import scale_head
-from .cross_encoder import CLASSIFY, CrossEncoder
+from .cross_encoder import CrossEncoder
 from .environment import describe_environment
 from .errors import ConfigError
 from .files import write_json
+from .loading import CLASSIFY
 
 if TYPE_CHECKING:
     import datasets  # type: ignore[import-untyped]
@@ -70,7 +70,9 @@ class Classifier(CrossEncoder):
         super().__init__(model_name_or_path, config_kwargs={**(config_kwargs or {}), **given}, **keywords)
         self._check_head(asked=labels is not None or num_labels is not None or problem_type == REGRESSION)
         assert self.config is not None
-        self.config.problem_type = self.problem_type  # type: ignore[assignment]  # said, so that whoever reads the folder need not guess
+        self.config.id2label = dict(enumerate(self.labels))  # numbers, where an adapter's folder has them as text
+        # Said, so that whoever reads the folder need not guess.
+        self.config.problem_type = self.problem_type  # type: ignore[assignment]
         if self._saved_temperature is not None:
             self.temperature = self._saved_temperature
 
@@ -107,33 +109,37 @@ class Classifier(CrossEncoder):
         """Whether it is one text or one pair (a tuple of two texts); a list is always several."""
         return isinstance(inputs, str | tuple | dict)
 
-    if not TYPE_CHECKING:
+    def predict(
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        *args: Any,
+        **keywords: Any,
+    ) -> Any:
+        """Labels of texts or pairs.
 
-        @wraps(Stock.predict)
-        def predict(
-            self, inputs, prompt_name=None, prompt=None, batch_size=32, show_progress_bar=None, *args, **keywords
-        ):
-            """Labels of texts or pairs.
+        Args:
+            inputs: One text, one pair (a tuple), or a list of either.
+            prompt_name, prompt, batch_size, show_progress_bar: As Sentence Transformers takes them.
+            threshold: For several labels a text: the probability from which a label is given, 0.5.
+            device, pool, chunk_size: As Sentence Transformers takes them.
+            activation_fn, apply_softmax, convert_to_numpy, convert_to_tensor: With one of these the result is what
+                `sentence_transformers.CrossEncoder.predict` gives: scores. Its evaluators and `rank` pass them.
 
-            Args:
-                inputs: One text, one pair (a tuple), or a list of either.
-                prompt_name, prompt, batch_size, show_progress_bar: As Sentence Transformers takes them.
-                threshold: For several labels a text: the probability from which a label is given, 0.5.
-                device, pool, chunk_size: As Sentence Transformers takes them.
-                activation_fn, apply_softmax, convert_to_numpy, convert_to_tensor: With one of these the result is what
-                    `sentence_transformers.CrossEncoder.predict` gives: scores. Its evaluators pass them.
-
-            Returns:
-                For each text a class's name, a list of names, or a number.
-            """
-            common = (prompt_name, prompt, batch_size, show_progress_bar)
-            if args or any(name in keywords for name in _SCORING):
-                return Stock.predict(self, inputs, *common, *args, **keywords)
-            threshold = keywords.pop("threshold", THRESHOLD)
-            alone = self.is_singular_input(inputs)
-            logits = self.logits([inputs] if alone else inputs, *common, **keywords)
-            found = self._decoded(logits, threshold)
-            return found[0] if alone else found
+        Returns:
+            For each text a class's name, a list of names, or a number.
+        """
+        common = (prompt_name, prompt, batch_size, show_progress_bar)
+        if args or any(name in keywords for name in _SCORING):
+            return Stock.predict(self, inputs, *common, *args, **keywords)
+        threshold = keywords.pop("threshold", THRESHOLD)
+        alone = self.is_singular_input(inputs)
+        logits = self.logits([inputs] if alone else inputs, *common, **keywords)
+        found = self._decoded(logits, threshold)
+        return found[0] if alone else found
 
     def predict_proba(self, inputs: Any, **keywords: Any) -> NDArray[np.float64]:
         """Calibrated probabilities.
@@ -314,14 +320,23 @@ class Classifier(CrossEncoder):
 
     def _get_model_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super()._get_model_config()
-        if self.temperature != 1.0:
-            said = (
-                f"probabilities are calibrated with a temperature of {self.temperature:.4g}, which Burnish reads back"
-            )
-            print(f"burnish: {said} and other programs do not: fold_temperature() is for them", file=sys.stderr)
-            if adapter_base(self.transformers_model) is not None:  # no config.json is saved beside an adapter
-                config[_TEMPERATURE] = self.temperature
+        if self.temperature != 1.0 and adapter_base(self.transformers_model) is not None:
+            config[_TEMPERATURE] = self.temperature  # no config.json is saved beside an adapter
         return config
+
+    def _complete(self, folder: Path) -> None:
+        super()._complete(folder)
+        self._tell_temperature()
+
+    def plain(self, modules: Any) -> Any:
+        """Sentence Transformers' own model of these modules, as it is saved merged."""
+        self._tell_temperature()
+        return super().plain(modules)
+
+    def _tell_temperature(self) -> None:
+        if self.temperature != 1.0:
+            said = f"Burnish reads the temperature {self.temperature:.4g} of calibrated probabilities back"
+            print(f"burnish: {said}; for other programs call fold_temperature() before saving", file=sys.stderr)
 
     def _parse_model_config(self, model_config: dict[str, Any]) -> None:
         super()._parse_model_config(model_config)

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from .classifier import Classifier, head_settings
-from .cross_encoder import CLASSIFY
 from .errors import ConfigError
 from .fast_common import KEEP, load
 from .fast_cross_encoder import FastCrossEncoder
+from .loading import CLASSIFY
 from .options import EmbeddingStorage
 
 if TYPE_CHECKING:
