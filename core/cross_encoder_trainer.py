@@ -121,9 +121,10 @@ class _Preprocess:
 
 
 def _why(inputs: Sequence[Any]) -> str:
-    first = inputs[0]
-    texts = [first] if isinstance(first, str) else list(first)
-    if all(isinstance(text, TokenisedText) for text in texts):
+    texts = [inputs[0]] if isinstance(inputs[0], str) else list(inputs[0])
+    # Of a pair that is stored whole, the first text carries none.
+    carrying = [text for text in texts if isinstance(text, TokenisedText)]
+    if len(carrying) == len(texts) or any(text.partner is not None for text in carrying):
         return "the loss puts texts together otherwise than the columns stand"
     return "the loss makes texts of its own"
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from .feeding import format_refusal, text_columns
 from .pair_tokens import PairRecipe, TextRecipe, TokenisedText
 from .token_store import TokenColumn, list_bounds, store_folder, token_column
-from .tokenising import why_not
+from .tokenising import Recipe, why_not
+from .whole_pairs import PairTexts, WholeRecipe
+
+Say: TypeAlias = Callable[[str], None]
 
 _ROW = "burnish_row"
 _TEXT = ("string", "large_string")
@@ -48,14 +51,17 @@ def refusal(recipe: PairRecipe, dataset: Any, collator: Any) -> str | None:
         return "a data collator was given"
     if collator.router_mapping:
         return "columns are routed"
-    if reason := why_not(model) or recipe.why_not():
+    if reason := why_not(model, templates=True):
         return reason
     for part in dataset.values() if isinstance(dataset, DatasetDict) else [dataset]:
         if not isinstance(part, Stored):
             return f"the data set is a {type(part).__name__}"
         if reason := format_refusal(part):
             return reason
-        for name in text_columns(part, collator):
+        names = text_columns(part, collator)
+        if len(names) > 1 and hasattr(part.features[names[0]], "feature"):
+            return f"column {names[0]}, whose texts come first in pairs, holds lists"
+        for name in names:
             feature = part.features[name]
             if getattr(getattr(feature, "feature", feature), "dtype", None) not in _TEXT:
                 return f"column {name} holds no plain texts, nor lists of them"
@@ -70,18 +76,23 @@ class TextColumn:
         tokens: Of all texts, one after another.
         prompt: What stands before each.
         bounds: (rows + 1,) the first text of each row; None where each row has one.
+        first: Of tokens that are those of whole pairs, the column of the other text; "" where there is none.
     """
 
     tokens: TokenColumn
     prompt: str = ""
     bounds: NDArray[np.int64] | None = None
+    first: str | None = None
 
-    def of(self, row: int, texts: Any) -> Any:
-        """What row `row` holds, with its tokens."""
+    def of(self, number: int, texts: Any, row: Mapping[str, Any]) -> Any:
+        """What row `number` holds, with its tokens."""
+        partner = None if self.first is None else str(row[self.first]) if self.first else ""
         if self.bounds is None:
-            return TokenisedText(texts, self.tokens[row], self.prompt)
-        first = int(self.bounds[row])
-        return [TokenisedText(text, self.tokens[first + place], self.prompt) for place, text in enumerate(texts)]
+            return TokenisedText(texts, self.tokens[number], self.prompt, partner)
+        start = int(self.bounds[number])
+        return [
+            TokenisedText(text, self.tokens[start + place], self.prompt, partner) for place, text in enumerate(texts)
+        ]
 
 
 class NumberedRows(Dataset[dict[str, Any]]):
@@ -137,7 +148,7 @@ class PairCollator:
         number = bisect_right(self.starts, row[_ROW]) - 1
         columns, place = self.columns[number], row[_ROW] - self.starts[number]
         return {
-            name: columns[name].of(place, value) if name in columns else value
+            name: columns[name].of(place, value, row) if name in columns else value
             for name, value in row.items()
             if name != _ROW
         }
@@ -155,13 +166,16 @@ class PairFeed:
     seconds: float = 0.0
     spent: float = 0.0
     folder: str = ""
-    unlike: str | None = field(default=None)
+    whole: str | None = None
+    """Why pairs are in the store as wholes; None where their texts are."""
+    unlike: str | None = None
     """What the model's own preprocessing makes otherwise; None where it makes the same."""
 
     def said(self) -> str:
         """One line on what was tokenised, and where it is."""
         how = f"tokenised in {self.seconds:.1f} s into" if self.seconds else "found tokenised in"
-        return f"{self.texts:,} texts, {self.tokens:,} tokens, {how} {self.folder} (ready in {self.spent:.1f} s)"
+        what = "texts" if self.whole is None else f"pairs, tokenised whole since {self.whole}"
+        return f"{self.texts:,} {what}: {self.tokens:,} tokens, {how} {self.folder} (ready in {self.spent:.1f} s)"
 
     def loader(self, stock: DataLoader[Any]) -> DataLoader[Any]:
         """A loader of these rows, in the order and with the workers of Sentence Transformers' own."""
@@ -186,6 +200,17 @@ def feed(recipe: PairRecipe, dataset: Any, stock: Any, *, folder: str | None, sa
         BurnishError: If the stores cannot be written.
         DataError: If a text is missing.
     """
+    why = why_not(recipe.model) or recipe.why_not()
+    if why is None:
+        made = _fed(recipe, dataset, stock, folder, say, whole=None)
+        if made.unlike is None:
+            return made
+        why = made.unlike
+    return _fed(recipe, dataset, stock, folder, say, whole=why)
+
+
+def _fed(recipe: PairRecipe, dataset: Any, stock: Any, folder: str | None, say: Say, whole: str | None) -> PairFeed:
+    """By texts, or by pairs for the reason that `whole` gives."""
     started = time.perf_counter()
     parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     place = store_folder(folder)
@@ -195,23 +220,42 @@ def feed(recipe: PairRecipe, dataset: Any, stock: Any, *, folder: str | None, sa
         transform = part.format["format_kwargs"].get("transform")
         name = None if transform is None else transform.keywords.get("dataset_name")
         prompt = stock._resolve_scalar(stock.prompts, {} if name is None else {"dataset_name": name}) or ""
+        names = text_columns(part, stock)
+        if whole is not None:
+            columns.append(_wholes(part, names, WholeRecipe(recipe.model, prompt), place, say))
+            continue
         recipes.setdefault(prompt, TextRecipe(recipe.model, prompt))
-        columns.append(_columns(part, text_columns(part, stock), prompt, recipes, place, say))
+        columns.append(_columns(part, names, prompt, recipes, place, say))
     rows = NumberedRows(parts)
     collator = PairCollator(stock=stock, columns=columns, starts=rows.starts[:-1])
     found = [column.tokens for each in columns for column in each.values()]
     made = PairFeed(
         rows=rows, collator=collator, recipe=recipe, texts=sum(map(len, found)),
         tokens=sum(column.tokens for column in found), seconds=sum(column.seconds for column in found),
-        folder=str(place),
+        folder=str(place), whole=whole,
     )  # fmt: skip
     made.unlike = next((why for number in range(len(parts)) if (why := _settle(made, number, recipes))), None)
     made.spent = time.perf_counter() - started
     return made
 
 
+def _wholes(part: Any, names: Sequence[str], recipe: WholeRecipe, place: Any, say: Say) -> dict[str, TextColumn]:
+    """A data set's columns of pairs: each text with the first column's; a column alone is one of texts."""
+    first, *others = names
+    if not others:
+        bounds = list_bounds(part, first) if hasattr(part.features[first], "feature") else None
+        tokens = token_column(part, first, Recipe(recipe.model, recipe.prompt), place, say)
+        return {first: TextColumn(tokens=tokens, prompt=recipe.prompt, bounds=bounds, first="")}
+    found = {}
+    for name in others:
+        bounds = list_bounds(part, name) if hasattr(part.features[name], "feature") else None
+        tokens = token_column(PairTexts(part, first, name), name, recipe, place, say)
+        found[name] = TextColumn(tokens=tokens, prompt=recipe.prompt, bounds=bounds, first=first)
+    return found
+
+
 def _columns(
-    part: Any, names: Sequence[str], prompt: str, recipes: Mapping[str, TextRecipe], place: Any, say: Any
+    part: Any, names: Sequence[str], prompt: str, recipes: Mapping[str, TextRecipe], place: Any, say: Say
 ) -> dict[str, TextColumn]:
     """A data set's columns; the prompt stands before the first text of a pair, which is of the first of them."""
     found = {}
@@ -237,8 +281,9 @@ def _settle(made: PairFeed, number: int, recipes: Mapping[str, TextRecipe]) -> s
         order = np.argsort(lengths, kind="stable")
         chosen |= {int(place) for place in (*order[:2], *order[-4:])}
     found = rows.__getitems__([rows.starts[number] + place for place in sorted(chosen)])
-    names = list(made.collator.columns[number])
-    texts = [[_listed(made.collator.marked(row)[name]) for name in names] for row in found]
+    marked = [made.collator.marked(row) for row in found]
+    names = text_columns(rows.parts[number], made.collator)
+    texts = [[_listed(row[name]) for name in names] for row in marked]
     samples: list[Any] = [
         (one, other) for first, *others in texts for one in first for rest in others for other in rest
     ]
@@ -246,6 +291,8 @@ def _settle(made: PairFeed, number: int, recipes: Mapping[str, TextRecipe]) -> s
         samples = [one for first, *_ in texts for one in first]
     if not samples:
         return None
+    if made.whole is not None:
+        return made.recipe.settle_whole(samples, columns[0].prompt)
     # The first text and the last of the sample meet too: losses make pairs of any rows.
     if len(names) > 1:
         samples += [(one[0], other[1]) for one, other in zip(samples, reversed(samples), strict=True)]

@@ -37,22 +37,25 @@ class TokenisedText(str):
         text: The text.
         tokens: (length,) int32 token ids of `prompt` and text, none of them special, not cut.
         prompt: What stands before the text where it was tokenised.
+        partner: The first text of a pair whose second is this one. `tokens` are then those of the whole pair, as the
+            model reads it; with "" those of this text alone.
     """
 
-    __slots__ = ("prompt", "tokens")
+    __slots__ = ("partner", "prompt", "tokens")
 
     tokens: Tokens
     prompt: str
+    partner: str | None
 
-    def __new__(cls, text: str, tokens: Tokens, prompt: str = "") -> Self:
+    def __new__(cls, text: str, tokens: Tokens, prompt: str = "", partner: str | None = None) -> Self:
         made = super().__new__(cls, text)
-        made.tokens, made.prompt = tokens, prompt
+        made.tokens, made.prompt, made.partner = tokens, prompt, partner
         return made
 
     def __reduce__(
         self,
     ) -> tuple[Any, ...]:  # from a loader's worker: the tokens, not the file that they are mapped from
-        return type(self), (str(self), np.array(self.tokens), self.prompt)
+        return type(self), (str(self), np.array(self.tokens), self.prompt, self.partner)
 
 
 class TextRecipe(Recipe):
@@ -234,9 +237,13 @@ class PairRecipe:
             (1, T) input_ids, position_ids and, where the tokenizer gives them, token_type_ids; (N + M + 1,) bounds; and
             "texts", the N that are not there to fill. None where a text carries no tokens, or others.
         """
-        parts = _parts(inputs, prompt or "")
         settled = self._settled.get(prompt or "")
-        if parts is None or settled is None or len(parts[0]) not in self.templates:
+        if settled is None or not inputs:
+            return None
+        if (whole := _whole(inputs, prompt or "")) is not None:
+            return self._flattened(whole, settled, self.fit, self.fit_longest)
+        parts = _parts(inputs, prompt or "")
+        if parts is None or len(parts[0]) not in self.templates:
             return None
         return self._put_together(parts, settled, self.fit, self.fit_longest)
 
@@ -261,18 +268,41 @@ class PairRecipe:
             for part, size, piece in zip(each, sizes, template.pieces[1:], strict=True):
                 pieces += [part[:size] if right else part[len(part) - size :], piece]
             texts.append(np.concatenate(pieces))
-        packing = self.model.burnish.decision.family.family.packing
-        filler = self.model[0].tokenizer.pad_token_id or 0
-        batch = stream.flatten(
-            [texts], position_offset=packing.position_offset, filler=filler, fit=fit, fit_longest=fit_longest
-        )
-        features = {**stream.model_inputs(batch), **settled}
+        features = self._flattened(texts, settled, fit, fit_longest)
         if "token_type_ids" in settled:
             types = np.zeros(features["input_ids"].shape[1], np.int64)
             given = template.types(kept)
             types[: len(given)] = given
             features["token_type_ids"] = torch.from_numpy(types)[None]
-        return {**features, "texts": len(texts)}
+        return features
+
+    def _flattened(
+        self,
+        texts: Sequence[Tokens],
+        settled: Mapping[str, Any],
+        fit: stream.Fit | None,
+        fit_longest: stream.Fit | None,
+    ) -> dict[str, Any]:
+        packing = self.model.burnish.decision.family.family.packing
+        filler = self.model[0].tokenizer.pad_token_id or 0
+        batch = stream.flatten(
+            [texts], position_offset=packing.position_offset, filler=filler, fit=fit, fit_longest=fit_longest
+        )
+        return {**stream.model_inputs(batch), **settled, "texts": len(texts)}
+
+    def settle_whole(self, samples: Sequence[Any], prompt: str = "") -> str | None:
+        """As `settle`, for samples that carry the tokens of whole pairs, or of texts as the model reads them."""
+        own = self.model.preprocess([_plain(text) for text in samples], prompt=prompt or None)
+        if "token_type_ids" in own:
+            return "the model gives token types in a way of its own"
+        whole = _whole(samples, prompt)
+        if whole is None:
+            return "texts carry other tokens"
+        settled = {key: value for key, value in own.items() if key not in _PACKED | _LONGEST}
+        if reason := _differ(own, self._flattened(whole, settled, None, None)):
+            return reason
+        self._settled[prompt] = settled
+        return None
 
     def settle(self, samples: Sequence[Any], recipes: Mapping[str, TextRecipe], prompt: str = "") -> str | None:
         """Compare with the model's own preprocessing; `features` works for a prompt once nothing speaks against it.
@@ -326,9 +356,24 @@ def _parts(inputs: Sequence[Any], prompt: str) -> list[tuple[Tokens, ...]] | Non
         for place, text in enumerate(texts):
             if not isinstance(text, TokenisedText) or text.prompt != ("" if place else prompt):
                 return None
+            if text.partner is not None:
+                return None
         found.append(tuple(text.tokens for text in texts))
         sizes.add(len(texts))
     return found if len(sizes) == 1 and sizes <= {1, 2} else None
+
+
+def _whole(inputs: Sequence[Any], prompt: str) -> list[Tokens] | None:
+    """The tokens of each pair, or text, that the model reads; None where one is not in the store as a whole."""
+    found = list[Tokens]()
+    for each in inputs:
+        first, last = ("", each) if isinstance(each, str) else (each[0], each[-1])
+        if not isinstance(last, TokenisedText) or last.partner is None:
+            return None
+        if last.prompt != prompt or last.partner != first or (not isinstance(each, str) and len(each) != 2):
+            return None
+        found.append(last.tokens)
+    return found
 
 
 def _plain(text: Any) -> Any:

@@ -29,8 +29,13 @@ _LIBRARIES = ("tokenizers", "transformers", "sentence-transformers")
 _SLICE = 512
 
 
-def why_not(model: Any) -> str | None:
-    """Why a model's texts cannot be tokenised ahead of its own preprocessing; None if they can."""
+def why_not(model: Any, *, templates: bool = False) -> str | None:
+    """Why a model's texts cannot be tokenised ahead of its own preprocessing; None if they can.
+
+    Args:
+        model: Any of Sentence Transformers' kinds of model.
+        templates: Whether its preprocessing may put texts into a chat template.
+    """
     ours = ("sentence_transformers.", f"{__package__}.")
     preprocess = getattr(type(model), "preprocess", None)
     bound = vars(model).get("preprocess")  # a trainer of ours may have bound one that knows these tokens
@@ -44,7 +49,7 @@ def why_not(model: Any) -> str | None:
         return f"the model's first module is a {type(first).__name__} of its own kind"
     if not isinstance(first.processor, PreTrainedTokenizerBase):
         return f"the model's {type(first.processor).__name__} reads more than texts"
-    if "text" not in first.modality_config or "message" in first.modality_config:
+    if not templates and ("text" not in first.modality_config or "message" in first.modality_config):
         return "the model puts texts into a chat template"
     return None
 

@@ -17,16 +17,15 @@ import torch
 from datasets import Dataset, DatasetDict  # type: ignore[import-untyped]
 from sentence_transformers import CrossEncoder as StockEncoder
 from sentence_transformers.cross_encoder import CrossEncoderTrainer as StockTrainer
-from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments as StockArguments
 from sentence_transformers.cross_encoder import losses
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from burnish.core import stream
-from burnish.core.arguments import CrossEncoderTrainingArguments
-from burnish.core.cross_encoder import CrossEncoder
 from burnish.core.cross_encoder_trainer import CrossEncoderTrainer
 from burnish.core.pair_tokens import PairRecipe
+
+from .steps import compare, step
 
 Q = ["what is a cat", "dogs", "the third of many questions, and the longest", "x y", "another one?", "six"]
 A = [
@@ -44,6 +43,8 @@ GRADES = [[float((7 * row + 3 * place) % 4) for place, _ in enumerate(docs)] for
 BINARY, CLASSES = [0, 1, 0, 1, 1, 0], [0, 2, 1, 1, 2, 0]
 MARGINS = [0.5, -0.2, 0.1, 0.9, -0.6, 0.3]
 SCORES = [0.1, 0.9, 0.4, 0.6, 0.2, 0.7]
+
+PARTS = ("word_embeddings", "token_type", "attention.self.value", "classifier")
 
 PAIRS = {"query": Q, "answer": A}
 TRIPLETS = {**PAIRS, "negative": B}
@@ -120,44 +121,6 @@ def model_folders(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return made
 
 
-class Seen(TrainerCallback):
-    """The gradients of a step, before the optimizer uses them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.gradients = model, dict[str, Tensor]()
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.gradients = {
-            name: weight.grad.clone() for name, weight in self.model.named_parameters() if weight.grad is not None
-        }
-
-
-def step(
-    kind: Any, folder: Path, make: Make, data: Any, output: Path, arguments: dict[str, Any] | None = None
-) -> tuple[float, dict[str, Tensor], Any]:
-    """One step of a trainer in float64: its loss, its gradients and the trainer."""
-    ours = issubclass(kind, CrossEncoderTrainer)
-    model: Any = (CrossEncoder if ours else StockEncoder)(str(folder), device="cpu").double()
-    how = CrossEncoderTrainingArguments if ours else StockArguments
-    settings: dict[str, Any] = {
-        "max_steps": 1, "per_device_train_batch_size": 6, "report_to": "none", "use_cpu": True, "max_grad_norm": 0.0,
-        "save_strategy": "no", "disable_tqdm": True, **(arguments or {}),
-    }  # fmt: skip
-    found: list[float] = []
-
-    class Measured(kind):  # type: ignore[misc]
-        def training_step(self, *given: Any, **keywords: Any) -> Tensor:
-            torch.manual_seed(7)  # losses draw negatives
-            loss: Tensor = super().training_step(*given, **keywords)
-            found.append(loss.item())
-            return loss
-
-    seen = Seen(model)
-    trainer = Measured(model, how(str(output), **settings), train_dataset=data, loss=make(model), callbacks=[seen])
-    trainer.train()
-    return found[0], seen.gradients, trainer
-
-
 class Count:
     """How often pairs were put together, and how many of them."""
 
@@ -173,18 +136,6 @@ class Count:
             return found
 
         monkeypatch.setattr(PairRecipe, "features", features)
-
-
-def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == theirs.keys() and len(ours) > 30
-    largest = max(gradient.abs().max().item() for gradient in theirs.values())
-    assert largest > 1e-4, "a gradient of zero proves nothing"
-    alive = [name for name, gradient in theirs.items() if gradient.abs().max() > 1e-6 * largest]
-    assert any("word_embeddings" in name for name in alive) and any("token_type" in name for name in alive)
-    assert any("classifier" in name for name in alive) and any("attention.self.value" in name for name in alive)
-    for name, gradient in theirs.items():
-        apart = (ours[name] - gradient).abs().max().item()
-        assert apart <= tolerance * largest, (name, apart / largest)
 
 
 @pytest.mark.parametrize("filled", [False, True])
@@ -203,7 +154,7 @@ def test_losses_and_gradients(
     assert count.calls, "the loss never asked the model's preprocess"
     assert math.isfinite(theirs) and theirs != 0.0
     assert ours == pytest.approx(theirs, rel=max(tolerance, 1e-12) if tolerance == EXACT else 1e-5)
-    compare(found, expected, tolerance)
+    compare(found, expected, tolerance, *PARTS)
     assert "preprocess" not in vars(trainer.model), "nothing is left on the model"
 
 
@@ -259,7 +210,7 @@ def test_a_loss_of_a_users_own_finds_tokens_too(
     count = Count(monkeypatch)
     ours, found, _ = step(CrossEncoderTrainer, model_folders[1], Shuffled, data, tmp_path)
     assert count.calls == [1] * 6 and ours == pytest.approx(theirs, rel=1e-12)
-    compare(found, expected, EXACT)
+    compare(found, expected, EXACT, *PARTS)
 
 
 class Louder(losses.BinaryCrossEntropyLoss):
@@ -276,7 +227,7 @@ def test_texts_that_a_loss_makes_are_tokenised_and_it_is_said(
     theirs, expected, _ = step(StockTrainer, model_folders[1], Louder, data, tmp_path)
     ours, found, _ = step(CrossEncoderTrainer, model_folders[1], Louder, data, tmp_path)
     assert ours == pytest.approx(theirs, rel=1e-12)
-    compare(found, expected, EXACT)
+    compare(found, expected, EXACT, *PARTS)
     assert capsys.readouterr().err.count("tokenised in the step: the loss makes texts of its own") == 1
 
 
@@ -303,4 +254,4 @@ def test_prompts_and_several_data_sets(
         found.append((history[0]["train_loss"], gradients))
     assert sorted(count.calls) == [6, 20], "one batch of each"
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
-    compare(found[1][1], found[0][1], HALF)
+    compare(found[1][1], found[0][1], HALF, *PARTS)
