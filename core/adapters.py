@@ -242,12 +242,19 @@ def check_over_quantised(transformer: PreTrainedModel, *, bias: str, dora: bool)
         raise ConfigError("PEFT breaks 8-bit layers on a CPU", where="use_dora", fix="Use load_in_4bit, or plain LoRA")
 
 
-def _reading_note(config: Any) -> list[str]:
-    """What plain Sentence Transformers cannot read back from a saved adapter with the transformers installed here."""
+def reads_saved_modules() -> bool:
+    """Whether the transformers installed here reads `modules_to_save` back from an adapter's folder."""
     import transformers
     from packaging.version import Version
 
-    if config.modules_to_save and Version(transformers.__version__) < Version("5.18"):
+    return Version(transformers.__version__) >= Version("5.18")
+
+
+def _reading_note(config: Any) -> list[str]:
+    """What plain Sentence Transformers cannot read back from a saved adapter with the transformers installed here."""
+    import transformers
+
+    if config.modules_to_save and not reads_saved_modules():
         what = f"transformers {transformers.__version__} does not read modules_to_save back from an adapter folder"
         return [f"{what}: Burnish does, transformers 5.18 does, and a merged folder needs neither"]
     return []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters import reads_saved_modules
 from ..contracts import Head
 from ..fast_cross_encoder import FastCrossEncoder
 from ..heads import head_modules, read_vectors
@@ -198,9 +199,12 @@ def survival(subject: Subject) -> float:
         model.save_pretrained_merged(place / "merged")
     worst = 0.0
     for read in ("adapter", "merged"):
-        for other in (CrossEncoder(str(place / read), device=subject.device), load(place / read)):
-            found = other.predict(pairs, convert_to_tensor=True)
-            what = f"the scores of the {read} as {type(other).__module__.partition('.')[0]} reads it"
+        readers: list[Callable[[Path], Any]] = [load]
+        if read == "merged" or reads_saved_modules():
+            readers.append(lambda folder: CrossEncoder(str(folder), device=subject.device))
+        for reader in readers:
+            found = reader(place / read).predict(pairs, convert_to_tensor=True)
+            what = f"the scores of the {read}, read by {'Burnish' if reader is load else 'Sentence Transformers'},"
             worst = max(worst, compare_outputs(found, live, 10 * subject.tolerance, what))
     return worst
 

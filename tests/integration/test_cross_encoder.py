@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import sentence_transformers
 import torch
-from datasets import Dataset
+from datasets import Dataset  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 
 import burnish
 from burnish import CrossEncoder, FastCrossEncoder
+from burnish.core.adapters import reads_saved_modules
 
 QUERIES = {
     "How do I bake bread?": "Mix flour, water, salt and yeast, let the dough rise, and bake it in a hot oven.",
@@ -80,7 +81,7 @@ def test_saved_merged_and_read_by_plain_sentence_transformers(trained: Any, tmp_
     model.save_pretrained(tmp_path / "adapter")
     model.save_pretrained_merged(tmp_path / "merged")
     model.save_pretrained_merged(tmp_path / "half", save_method="merged_16bit")
-    for folder in ("adapter", "merged"):
+    for folder in ("adapter", "merged") if reads_saved_modules() else ("merged",):
         plain = sentence_transformers.CrossEncoder(str(tmp_path / folder), device="cpu")
         assert type(plain) is sentence_transformers.CrossEncoder and plain.max_seq_length == 64
         assert abs(plain.predict(pairs) - expected).max() <= 1e-5
@@ -100,10 +101,10 @@ def test_saved_merged_and_read_by_plain_sentence_transformers(trained: Any, tmp_
 
 
 def test_a_script_moves_by_its_import(minilm: Path) -> None:
-    model = burnish.CrossEncoder(str(minilm), num_labels=2, device="cpu", max_length=32)
+    model: Any = burnish.CrossEncoder(str(minilm), num_labels=2, device="cpu", max_length=32)
     assert model.burnish is not None and model.burnish.decision.options.purpose == "full"
     assert model.num_labels == 2 and model.max_seq_length == 32 and all(p.requires_grad for p in model.parameters())
-    plain = sentence_transformers.CrossEncoder(str(minilm), num_labels=2, device="cpu", max_length=32)
+    plain: Any = sentence_transformers.CrossEncoder(str(minilm), num_labels=2, device="cpu", max_length=32)
     plain[0].model.load_state_dict(model[0].model.state_dict())
     pairs = list(QUERIES.items())
     np.testing.assert_allclose(model.predict(pairs), plain.predict(pairs), atol=1e-5)

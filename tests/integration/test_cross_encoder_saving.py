@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder as Plain
 
+from burnish.core.adapters import reads_saved_modules
 from burnish.core.cross_encoder import CrossEncoder
 from burnish.core.errors import ConfigError, ModelError
 from burnish.core.fast_cross_encoder import FastCrossEncoder
@@ -35,7 +36,8 @@ def train(model: Any, steps: int = 3) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         scores = model(model.preprocess(PAIRS))["scores"]
-        torch.nn.functional.mse_loss(scores, torch.arange(scores.numel()).reshape(scores.shape).float()).backward()
+        wanted = torch.arange(scores.numel()).reshape(scores.shape).float()
+        torch.autograd.backward(torch.nn.functional.mse_loss(scores, wanted))
         optimizer.step()
     model.eval()
 
@@ -62,10 +64,11 @@ def test_an_adapter_with_its_head_survives(model_type: str, labels: int, tmp_pat
     model.save_pretrained_merged(tmp_path / "merged")
     assert (not changed(model, weights) and model.packed_scores is not None) or model_type == "roberta"
     assert not (tmp_path / "adapter" / "config.json").exists()
-    for folder in ("adapter", "merged"):
+    for folder in ("adapter", "merged") if reads_saved_modules() else ("merged",):
         again = Plain(str(tmp_path / folder), device="cpu")
         assert again.num_labels == labels and type(again.activation_fn) is type(model.activation_fn)
         np.testing.assert_allclose(again.predict(PAIRS), expected, atol=2e-5)
+    for folder in ("adapter", "merged"):
         np.testing.assert_allclose(load(tmp_path / folder).eval().predict(PAIRS), expected, atol=2e-5)
     _reads_in_transformers(tmp_path, again, labels)
     record = json.loads((tmp_path / "merged" / "burnish.json").read_text())
@@ -82,7 +85,10 @@ def _reads_in_transformers(tmp_path: Path, plain: Any, labels: int) -> None:
 
     features = plain.preprocess(PAIRS)
     features.pop("modality")
-    for folder, settings in (("merged", {}), ("adapter", {"num_labels": labels})):
+    asked: list[tuple[str, dict[str, Any]]] = [("merged", {})]
+    if reads_saved_modules():
+        asked.append(("adapter", {"num_labels": labels}))
+    for folder, settings in asked:
         model: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder, **settings)
         with torch.no_grad():
             found = model.eval()(**features).logits
@@ -126,7 +132,7 @@ def test_a_decoder_may_be_given_a_head_of_its_own(tmp_path: Path) -> None:
     train(model)
     model.save_pretrained(tmp_path / "adapter")
     model.save_pretrained_merged(tmp_path / "merged")
-    for place in ("adapter", "merged"):
+    for place in ("adapter", "merged") if reads_saved_modules() else ("merged",):
         again = Plain(str(tmp_path / place), device="cpu")
         np.testing.assert_allclose(again.predict(PAIRS), model.predict(PAIRS), atol=2e-5)
 
