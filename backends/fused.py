@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.contracts import BackendSpec, Needs, Step, StepContext
 from ..core.hookspecs import hookimpl
-from .graphs import GRAPHS, Gradients, host_random, load
+from .graphs import GRAPHS, Gradients, cause, host_random, load
 from .inner_graphs import InnerGraphs
 from .regions import regions_of
 
@@ -129,7 +129,7 @@ class FusedStep:
                 loss = self.context.eager(model, dict(inputs), items)
         except RuntimeError as error:
             self.gradients.end_failed_capture()
-            self._refused[key] = f"this step cannot be captured ({str(error).splitlines()[0]})"
+            self._refused[key] = f"this step cannot be captured ({cause(error)})"
             return None
         while len(self._graphs) >= GRAPHS:
             self._graphs.popitem(last=False)

@@ -99,3 +99,10 @@ def load(inputs: dict[str, Any], batch: Any) -> None:
 def host_random() -> tuple[Any, ...]:
     """The state of the host's generators, which a graph does not move."""
     return random.getstate(), torch.get_rng_state().numpy().tobytes()
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what made a capture fail: the end of a capture that failed raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]

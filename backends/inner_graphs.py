@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.contracts import Inner
-from .graphs import GRAPHS, Gradients, host_random, load
+from .graphs import GRAPHS, Gradients, cause, host_random, load
 
 Run = Callable[[Mapping[str, Any]], Tensor]
 
@@ -132,14 +132,14 @@ class InnerGraphs:
         try:
             with self.gradients.in_place(trained) as pool:
                 # The loader's thread pins memory meanwhile, which only this mode of capture allows.
-                with _fresh_casts(), torch.cuda.graph(halves[0], pool=pool, capture_error_mode="thread_local"):
+                with _own_casts(), torch.cuda.graph(halves[0], pool=pool, capture_error_mode="thread_local"):
                     scores = self._plain(held)
                 gradient = torch.zeros_like(scores)
                 with torch.cuda.graph(halves[1], pool=pool, capture_error_mode="thread_local"):
                     torch.autograd.backward(scores, gradient)
         except RuntimeError as error:
             self.gradients.end_failed_capture()
-            self._refused[key] = f"this forward cannot be captured ({str(error).splitlines()[0]})"
+            self._refused[key] = f"this forward cannot be captured ({cause(error)})"
             return False
         while len(self._graphs) >= GRAPHS:
             self._graphs.popitem(last=False)
@@ -163,13 +163,14 @@ class InnerGraphs:
 
 
 @contextmanager
-def _fresh_casts() -> Iterator[None]:
-    """Autocast as it is, with weights cast inside the block and not taken from before it: a graph must do it again."""
-    if not torch.is_autocast_enabled("cuda"):
+def _own_casts() -> Iterator[None]:
+    """The weights that autocast has cast before are not used in the block, nor the block's after it: a graph casts its
+    own, in every replay. Switching autocast's memory off would do, and have every layer compiled again."""
+    torch.clear_autocast_cache()
+    try:
         yield
-        return
-    with torch.autocast("cuda", dtype=torch.get_autocast_dtype("cuda"), cache_enabled=False):
-        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 class _Replayed(torch.autograd.Function):

@@ -177,7 +177,12 @@ def build(
     with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=folder) as scratch:
         part = Path(scratch) / "model"
         if SHAPES[name].head is not None:
-            _tokenizer(tokenizer, longest).save_pretrained(part)
+            words = _tokenizer(tokenizer, longest)
+            if (
+                getattr(config, "type_vocab_size", 0) < 2
+            ):  # WordPiece's second text would be of a type that is not there
+                words.model_input_names = ["input_ids", "attention_mask"]
+            words.save_pretrained(part)
             config.num_labels, config.use_cache = 1, False
         else:
             modules(SHAPES[name], config, tokenizer, longest, part)
