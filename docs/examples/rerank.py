@@ -1,7 +1,7 @@
 """Fine-tune a reranker on BM25's candidates and measure how much better than BM25 it orders them.
 
-    python docs/examples/rerank.py                                     about 20 minutes on one CPU core
-    python docs/examples/rerank.py --steps 2 --train-queries 8 --test-queries 4     a look at how it goes
+    python docs/examples/rerank.py                                                    about 15 minutes on one CPU core
+    python docs/examples/rerank.py --steps 2 --train-queries 16 --test-queries 4      a look at how it goes
 
 The data: what an intruder did, and for each such sentence 30 techniques of MITRE ATT&CK as BM25 ranks them, split by
 actor. (c) The MITRE Corporation. This work is reproduced and distributed with the permission of The MITRE Corporation;
