@@ -108,9 +108,10 @@ class CrossEncoder(Prepared, Stock):
         return [Transformer(model_name_or_path, transformer_task=CLASSIFY, **given)], {}
 
     def _spare_head(self, settings: Any, repository: Repository, task: str, trust: bool) -> Any:
-        if task == EMBED:
-            return settings
         assert self._pending is not None
+        stock = self._pending[1].options.purpose == "inference"
+        if task == EMBED or stock or not hasattr(settings, "llm_int8_skip_modules"):
+            return settings
         names = head_modules(skeleton(repository, task, trust), self._pending[1].head)
         spared = copy.deepcopy(settings)
         # transformers takes regular expressions over full names, and leaves out fewer by itself.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_vectors(head: Head, hidden: Tensor, cu_seqlens: Tensor, passed_over: Tensor | None = None) -> Tensor:
-    """What a head reads of each packed text; `head.logits` makes logits of it.
+    """What a head reads of each packed text; `head.logits` makes logits of it. A mean is added up in float32 or better.
 
     Args:
         head: First token, last token, mean, or every token.
@@ -31,9 +31,9 @@ def read_vectors(head: Head, hidden: Tensor, cu_seqlens: Tensor, passed_over: Te
     if head.reads == "every":
         return hidden
     if head.reads == "mean":
-        texts = torch.repeat_interleave(ends - starts, output_size=hidden.shape[0])
-        total = hidden.new_zeros(starts.numel(), hidden.shape[1]).index_add(0, texts, hidden)
-        return total / (ends - starts)[:, None]
+        from .packing import packed_mean
+
+        return packed_mean(hidden, cu_seqlens)
     if head.reads == "first":
         return hidden[starts]
     if passed_over is None:

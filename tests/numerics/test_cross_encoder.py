@@ -80,6 +80,18 @@ def test_scores_and_gradients_in_float64(model_type: str, tmp_path: Path) -> Non
     assert all(float(value.abs().max()) == 0 for value in reference.values()), reference.keys()
 
 
+def test_a_head_that_reads_the_mean(tmp_path: Path) -> None:
+    """As gte-reranker-modernbert-base does."""
+    ours, plain = both(make("modernbert", tmp_path, classifier_pooling="mean"))
+    assert ours.burnish.decision.head.reads == "mean"
+    expected = plain.predict(PAIRS, batch_size=3)
+    assert np.ptp(expected) > 1e-3
+    np.testing.assert_allclose(ours.predict(PAIRS, batch_size=3), expected, atol=1e-5)
+    reference = gradients(plain, to_score(plain, PAIRS))
+    for name, value in gradients(ours, to_score(ours, PAIRS)).items():
+        torch.testing.assert_close(value, reference[name], rtol=1e-3, atol=1e-5)
+
+
 def test_single_texts_are_scored_too(tmp_path: Path) -> None:
     ours, plain = both(make("bert", tmp_path, 3))
     texts = [first for first, _ in PAIRS]
