@@ -10,6 +10,7 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder as Plain
 
+from burnish.core.cross_encoder import CrossEncoder
 from burnish.core.errors import ConfigError
 from burnish.core.fast_cross_encoder import FastCrossEncoder
 from burnish.core.packing import Flattening
@@ -235,3 +236,38 @@ def test_packed_input_needs_a_head_that_the_family_knows(tmp_path: Path) -> None
         both(folder, packed=True)
     ours, plain = both(folder)
     np.testing.assert_allclose(ours.predict(PAIRS), plain.predict(PAIRS), atol=1e-6)
+
+
+def headless(folder: str, labels: int = 1) -> list[Any]:
+    """Also a cross-encoder to Sentence Transformers: an encoder, a pooling and a Dense layer for the scores."""
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    torch.manual_seed(2)
+    score = Dense(64, labels, activation_function=torch.nn.Identity(), module_output_name="scores")
+    return [Transformer(folder), Pooling(32, pooling_mode=("mean", "cls")), score]
+
+
+def test_a_cross_encoder_made_of_modules(tmp_path: Path) -> None:
+    folder = make("bert", tmp_path / "base")
+    plain: Any = Plain(modules=headless(folder), device="cpu").eval()
+    ours: Any = CrossEncoder(modules=headless(folder), device="cpu").eval()
+    expected = plain.predict(PAIRS)
+    assert np.ptp(expected) > 1e-3 and ours.packed_scores is not None
+    assert ours.preprocess(PAIRS)["token_type_ids"].shape[0] == 1
+    np.testing.assert_allclose(ours.predict(PAIRS), expected, atol=1e-5)
+    plain.save_pretrained(str(tmp_path / "saved"))
+    model = FastCrossEncoder.get_peft_model(FastCrossEncoder.from_pretrained(tmp_path / "saved", device="cpu"))
+    np.testing.assert_allclose(model.predict(PAIRS), expected, atol=1e-5)
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert {"2.linear.weight", "2.linear.bias"} <= trained and not any("pooler" in name for name in trained)
+    torch.nn.init.ones_(model[2].linear.weight)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = FastCrossEncoder.from_pretrained(tmp_path / "adapter", device="cpu")
+    assert {name for name, value in again.named_parameters() if value.requires_grad} == trained
+    np.testing.assert_allclose(again.eval().predict(PAIRS), model.predict(PAIRS), atol=1e-5)
+    np.testing.assert_allclose(Plain(str(tmp_path / "adapter"), device="cpu").predict(PAIRS), model.predict(PAIRS),
+                               atol=1e-5)  # fmt: skip
+    seen = CrossEncoder(modules=list(Plain(folder, device="cpu").children()), device="cpu").eval()
+    np.testing.assert_allclose(seen.predict(PAIRS), Plain(folder, device="cpu").predict(PAIRS), atol=1e-5)
+    assert seen.packed_scores is not None
