@@ -17,6 +17,8 @@ def main() -> None:
     if request["kind"] == "scores":
         if int(sentence_transformers.__version__.split(".")[0]) < 4:
             options["automodel_args"] = options.pop("model_kwargs")
+        if request["deploy"]["adapter_of"]:  # whose folder has no config of its own to say how many labels there are
+            options["num_labels"] = len(request["deploy"]["labels"])
         model = sentence_transformers.CrossEncoder(request["folder"], **options)
         pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in request["inputs"]]
         name = "activation_fn" if int(sentence_transformers.__version__.split(".")[0]) >= 4 else "activation_fct"

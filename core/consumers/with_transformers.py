@@ -35,11 +35,14 @@ def main() -> None:
     if deploy["dense"]:
         sys.exit("the model has Dense layers after its pooling, which transformers alone does not compute")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = (AutoModelForSequenceClassification if scores else AutoModel).from_pretrained(folder)
+    # An adapter's folder has no config of its own to say how many labels there are.
+    labels = {"num_labels": len(deploy["labels"])} if scores and deploy["adapter_of"] else {}
+    model = (AutoModelForSequenceClassification if scores else AutoModel).from_pretrained(folder, **labels)
     model = model.float().eval()
     outputs, ids = [], []
     for text in request["inputs"] if scores else request["texts"]:
-        given = text if isinstance(text, list) else [text]
+        # As lists: given one by one, an empty second text counts as none.
+        given = [[part] for part in text] if isinstance(text, list) else [[text]]
         batch = tokenizer(*given, truncation=True, max_length=deploy["max_seq_length"], return_tensors="pt")
         with torch.no_grad():
             found = model(**batch)
