@@ -133,7 +133,7 @@ def check_model(arguments: Any, model: nn.Module, losses: Iterable[Any], given: 
     if "optimizer_in_backward" in flags:
         for loss in losses:
             modules = loss.modules() if isinstance(loss, nn.Module) else ()
-            if any(hasattr(module, "mini_batch_size") for module in modules):
+            if any(map(_goes_back_in_parts, modules)):
                 what = f"{type(loss).__name__} goes back through the model once for each part of a batch: gradients are"
                 what += " complete only after the last"
                 fix = "Leave optimizer_in_backward out, or use a loss that is not cached"
@@ -144,6 +144,14 @@ def check_model(arguments: Any, model: nn.Module, losses: Iterable[Any], given: 
         what = "the model has no embedding table of 2^20 weights or more that is trained and not shared"
         fix = "Leave sparse_embeddings out, or load with full_finetuning=True"
         raise ConfigError(what, where="sparse_embeddings", fix=fix)
+
+
+def _goes_back_in_parts(loss: nn.Module) -> bool:
+    """Whether a loss goes backward once a mini-batch. For cross-encoders only cached losses do."""
+    kinds = type(loss).__mro__
+    forward_only = any(kind.__module__.startswith("sentence_transformers.cross_encoder.") for kind in kinds)
+    cached = any(kind.__name__.startswith("Cached") for kind in kinds)
+    return hasattr(loss, "mini_batch_size") and (cached or not forward_only)
 
 
 def _check_rounding(model: nn.Module) -> None:

@@ -227,6 +227,22 @@ def test_the_texts_of_a_data_set_are_stored_once(folder: Path, lists: Any, fit: 
     assert trainer.tokenise_seconds == 0
 
 
+def test_weights_are_stepped_in_the_backward_however_often_the_loss_goes_forward(
+    folder: Path, lists: Any, pairs: Any, fit: Any
+) -> None:
+    def parts(model: Any) -> Any:
+        return losses.LambdaLoss(model, mini_batch_size=5)
+
+    settings = {"max_steps": 3, "max_grad_norm": 0.0}
+    usual = fit(full(folder), lists, parts, **settings)[1]
+    within = fit(full(folder), lists, parts, **settings, optimizer_in_backward=True)[1]
+    np.testing.assert_allclose(within, usual, rtol=1e-5)
+    assert len(set(usual)) == 3
+    cached: Any = losses.CachedMultipleNegativesRankingLoss
+    with pytest.raises(ConfigError, match="optimizer_in_backward: CachedMultipleNegativesRankingLoss goes back"):
+        fit(full(folder), pairs.remove_columns("label"), cached, **settings, optimizer_in_backward=True)
+
+
 def test_what_is_refused(folder: Path, pairs: Any, tmp_path: Path) -> None:
     where = str(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"^auto_batch: is not for cross-encoders"):
