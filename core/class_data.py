@@ -167,15 +167,31 @@ def prepare(
     Raises:
         DataError: At the first row that cannot be trained on, or if the columns do not fit.
     """
-    texts, label, dropped = split_columns(dataset.column_names, where, _text_features(dataset))
+    texts, rows, dropped = _rows_of(dataset, classes, where)
     if dropped and say is not None:
         say(f"{where}: columns left out: {', '.join(dropped)}")
-    wanted = [*texts, label]
-    arrow = dataset.select_columns(wanted).with_format("arrow")
-    rows = table_rows(arrow.iter(BATCH), wanted)
-    named = class_names(dataset.features[label])
-    values = [value for _, value in _checked(rows, texts, label, classes, named, where)]
+    values = [value for _, value in rows]
     return _with_labels(dataset.select_columns(list(texts)).with_format(None), values, classes)
+
+
+def texts_and_labels(dataset: datasets.Dataset, classes: Classes, where: str) -> tuple[list[Any], list[Any]]:
+    """What a data set holds, to measure on: its texts, pairs as tuples, and its labels as `prepare` makes them.
+
+    Raises:
+        DataError: At the first row that cannot be measured on, or if the columns do not fit.
+    """
+    found = list(_rows_of(dataset, classes, where)[1])
+    texts = [row[0] if len(row) == 1 else tuple(row) for row, _ in found]
+    return texts, [value for _, value in found]
+
+
+def _rows_of(
+    dataset: datasets.Dataset, classes: Classes, where: str
+) -> tuple[tuple[str, ...], Iterator[tuple[list[str], Any]], list[str]]:
+    texts, label, dropped = split_columns(dataset.column_names, where, _text_features(dataset))
+    wanted = [*texts, label]
+    rows = table_rows(dataset.select_columns(wanted).with_format("arrow").iter(BATCH), wanted)
+    return texts, _checked(rows, texts, label, classes, class_names(dataset.features[label]), where), dropped
 
 
 def load_classes(

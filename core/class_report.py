@@ -210,8 +210,8 @@ def confusion_chart(result: ClassResult) -> str:
         axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
         axes.set_yticks(range(count), names, fontsize=size)
         axes.tick_params(length=0)
-        axes.set_xlabel("taken for", color=MUTED)
-        axes.set_ylabel("is", color=MUTED)
+        axes.set_xlabel("predicted", color=MUTED)
+        axes.set_ylabel("actual", color=MUTED)
 
     words = f"Confusion matrix of {count} classes: {int(matrix.trace())} of {int(matrix.sum())} texts on the diagonal"
     style = {"axes.grid": False, "axes.spines.bottom": False, "ytick.labelcolor": INK}

@@ -17,7 +17,7 @@ from torch import nn
 from . import class_metrics, class_report
 from .adapters import adapter_base
 from .calibration import Calibration, check_temperature, fit_temperature, probabilities
-from .class_data import Classes, check_problem, prepare
+from .class_data import Classes, check_problem, texts_and_labels
 from .class_losses import MULTI, REGRESSION, SINGLE
 from .class_metrics import RESAMPLES, THRESHOLD, ClassResult
 from .classifier_head import scale_head
@@ -197,17 +197,15 @@ class Classifier(CrossEncoder):
         Raises:
             DataError: At the first row that cannot be measured on.
         """
-        data = prepare(dataset, self.classes, where)
-        return self._result(self.logits(texts_of(data), batch_size=batch_size), data["label"], resamples, seed)
+        texts, labels = texts_and_labels(dataset, self.classes, where)
+        return self._result(self.logits(texts, batch_size=batch_size), labels, resamples, seed)
 
     def _result(self, logits: NDArray[np.float64], labels: Any, resamples: int, seed: int) -> ClassResult:
         multi = self.problem_type == MULTI
         scores = (
             logits if self.problem_type == REGRESSION else probabilities(logits, self.temperature, multi_label=multi)
         )
-        return class_metrics.measure(
-            labels[:], scores, self.labels, self.problem_type, resamples=resamples, seed=seed
-        )  # fmt: skip
+        return class_metrics.measure(labels, scores, self.labels, self.problem_type, resamples=resamples, seed=seed)
 
     def calibrate(
         self, dataset: datasets.Dataset, *, batch_size: int = 32, fold: bool = False, where: str = "dataset"
@@ -230,9 +228,9 @@ class Classifier(CrossEncoder):
         if self.problem_type == REGRESSION:
             fix = "Calibrate a model with classes"
             raise ConfigError("the model gives numbers, which have no probabilities", where="calibrate", fix=fix)
-        data = prepare(dataset, self.classes, where)
-        logits = self.logits(texts_of(data), batch_size=batch_size)
-        found = fit_temperature(logits, data["label"][:], multi_label=self.problem_type == MULTI)
+        texts, labels = texts_and_labels(dataset, self.classes, where)
+        logits = self.logits(texts, batch_size=batch_size)
+        found = fit_temperature(logits, labels, multi_label=self.problem_type == MULTI)
         self.temperature, self.calibration = found.temperature, found
         if fold:
             self.fold_temperature()
@@ -278,10 +276,9 @@ class Classifier(CrossEncoder):
             ConfigError: If `before` is of other data, or the extra `report` is not installed.
             DataError: At the first row that cannot be measured on.
         """
-        held_out = prepare(dataset, self.classes, data or "dataset")
-        texts = texts_of(held_out)
+        texts, labels = texts_and_labels(dataset, self.classes, data or "dataset")
         logits = self.logits(texts, batch_size=batch_size)
-        result = self._result(logits, held_out["label"], resamples, 0)
+        result = self._result(logits, labels, resamples, 0)
         calibrated = self.temperature != 1.0
         name = Path(str(getattr(self.config, "_name_or_path", "")) or "model").name
         report = class_report.ClassReport(
@@ -382,10 +379,4 @@ def head_settings(labels: Sequence[Any] | None, num_labels: int | None, problem_
     return settings | ({} if problem_type is None else {"problem_type": problem_type})
 
 
-def texts_of(data: datasets.Dataset) -> list[Any]:
-    """The texts of a prepared data set, pairs as tuples."""
-    columns = [data[name][:] for name in data.column_names if name != "label"]
-    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-
-
-__all__ = ["Classifier", "head_settings", "texts_of"]
+__all__ = ["Classifier", "head_settings"]
