@@ -180,7 +180,7 @@ def build(
             words = _tokenizer(tokenizer, longest)
             if (
                 getattr(config, "type_vocab_size", 0) < 2
-            ):  # WordPiece's second text would be of a type that is not there
+            ):
                 words.model_input_names = ["input_ids", "attention_mask"]
             words.save_pretrained(part)
             config.num_labels, config.use_cache = 1, False

@@ -12,6 +12,7 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from burnish import FastSentenceTransformer, Trainer, TrainingArguments
+from burnish.backends import offload
 from burnish.core import stream
 from burnish.core.testing.backends import model_types
 from burnish.core.testing.find import sample_config
@@ -145,6 +146,18 @@ def test_layers_computed_again_give_the_same_gradients(model_type: str, mode: st
         assert engine.counts["replayed"] == 0 and regions.offload.bytes_moved > 0
     else:
         assert engine.counts["replayed"] >= 12, engine.counts
+    np.testing.assert_allclose(losses, expected, rtol=2e-4)
+
+
+def test_large_inputs_come_back_when_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "AHEAD", 0)
+    monkeypatch.setattr(offload.Offload, "_fetch", lambda *given: pytest.fail("it was fetched ahead"))
+    ours = model_of(tmp_path, "bert", "fused", "lora", 0.0, **OPTIONS["offload"])
+    theirs = model_of(tmp_path, "bert", "reference", "lora", 0.0)
+    losses, trainer = train(ours, tmp_path)
+    expected, _ = train(theirs, tmp_path)
+    moved = trainer.engine.regions.offload
+    assert moved.bytes_moved > 0 and not moved._parked
     np.testing.assert_allclose(losses, expected, rtol=2e-4)
 
 
