@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 AHEAD = 2**28
 """Bytes of the largest input that is fetched before it is wanted. A larger one's layer takes twenty times as long as
 its copy (H100, 57,000 tokens of 1,024: 100 and 5 ms), and a second input on the device is a fifteenth of the peak."""
