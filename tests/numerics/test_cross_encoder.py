@@ -257,7 +257,7 @@ def test_a_cross_encoder_made_of_modules(tmp_path: Path) -> None:
     assert ours.preprocess(PAIRS)["token_type_ids"].shape[0] == 1
     np.testing.assert_allclose(ours.predict(PAIRS), expected, atol=1e-5)
     plain.save_pretrained(str(tmp_path / "saved"))
-    model = FastCrossEncoder.get_peft_model(FastCrossEncoder.from_pretrained(tmp_path / "saved", device="cpu"))
+    model: Any = FastCrossEncoder.get_peft_model(FastCrossEncoder.from_pretrained(tmp_path / "saved", device="cpu"))
     np.testing.assert_allclose(model.predict(PAIRS), expected, atol=1e-5)
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     assert {"2.linear.weight", "2.linear.bias"} <= trained and not any("pooler" in name for name in trained)
