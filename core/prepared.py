@@ -21,6 +21,7 @@ from .files import atomic_folder
 from .hub import push_as_stock
 from .layout import check_layout
 from .loading import EMBED, Decision, Repository, check_length, decide, has_transformer, read_repository
+from .model_card import adopt
 from .options import LoadOptions, model_kwargs_dtype
 from .precision import PrecisionChoice
 from .preparation import Preparation, attention_name, prepare, set_checkpointing
@@ -31,6 +32,8 @@ from .tables import base_folder, store_tables, undo_tables
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from .card_facts import CardFacts
 
 
 class Prepared(BaseModel):
@@ -44,6 +47,7 @@ class Prepared(BaseModel):
     trained_with: Provenance | None = None
     stock: ClassVar[type[BaseModel]]
     """The class that plain Sentence Transformers has for this kind of model."""
+    card: CardFacts
     _options: LoadOptions
     _asked_device: str
     _given_prompts: frozenset[str]
@@ -138,6 +142,7 @@ class Prepared(BaseModel):
         else:
             decision = self._pending[1]
         self._pending = None
+        adopt(self)
         options = decision.options
         if options.max_seq_length is not None:
             self.max_seq_length = self.check_max_seq_length(options.max_seq_length)
@@ -254,11 +259,7 @@ class Prepared(BaseModel):
         return {}
 
     def save_pretrained_merged(
-        self,
-        path: str | Path,
-        tokenizer: Any = None,
-        save_method: str | None = None,
-        layout: str = "compatible",
+        self, path: str | Path, tokenizer: Any = None, save_method: str | None = None, layout: str = "compatible"
     ) -> None:
         """Save a full model with the adapter folded in: stock modules that anything loads.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from .contracts import CONTRACT
 from .discovery import OWN, Plugin
 from .environment import versions
-from .model_card import rows, section, with_section
+from .model_card import rows
 from .patching import PatchPlan
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Provenance:
     @property
     def trainings(self) -> list[Record]:
         """Every record of a load for training, oldest first, each without its own `trained_with`."""
-        return _trainings(self.record)
+        return trainings_of(self.record)
 
     def __str__(self) -> str:
         return "\n".join(f"  {name.lower():12} {value}" for name, value in rows(self.record, self.trainings))
@@ -122,22 +122,21 @@ def record(model: Prepared, *, merged: bool = False) -> Record | None:
     return {**made, "trained_with": [one for one in former if _set_up(one) != _set_up(made)][-KEPT:]}
 
 
-def write(model: Prepared, folder: Path, *, merged: bool = False) -> None:
-    """Write a model's record into a folder it was just saved to, and into the model card if there is one.
+def write(model: Prepared, folder: Path, *, merged: bool = False) -> Record | None:
+    """Write a model's record into a folder it was just saved to.
 
     Args:
         model: The model; nothing is written for one that Burnish did not prepare.
-        folder: Where it was saved; a `README.md` in it is taken for the card that this save made.
+        folder: Where it was saved.
         merged: As in `record`.
+
+    Returns:
+        The record, None where there is none.
     """
     made = record(model, merged=merged)
-    if made is None:
-        return
-    (folder / FILE).write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    card, trainings = folder / "README.md", _trainings(made)
-    if card.exists() and trainings:
-        text = with_section(card.read_text(encoding="utf-8"), section(made, trainings))
-        card.write_text(text, encoding="utf-8")
+    if made is not None:
+        (folder / FILE).write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return made
 
 
 def parse(text: str) -> Provenance:
@@ -160,7 +159,8 @@ def parse(text: str) -> Provenance:
     return Provenance(json.dumps(_plain(found), ensure_ascii=False))
 
 
-def _trainings(made: Record) -> list[Record]:
+def trainings_of(made: Record) -> list[Record]:
+    """Every record of a load for training in one, oldest first, each without its own `trained_with`."""
     former: list[Record] = list(made["trained_with"])
     own = {key: value for key, value in made.items() if key != "trained_with"}
     return [*former, own] if made["purpose"] != "inference" else former

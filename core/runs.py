@@ -70,6 +70,7 @@ def run(config: RunConfig, *, notes: tuple[str, ...] = (), called: str | None = 
     record = _prepare(config, notes, called)
     with _phase(record, "load model"):
         model = _load(config)
+    _name_card(record, model)
     folder = claim_folder(config)
     record.before = _evaluate(record, model, "before")
     try:
@@ -78,6 +79,9 @@ def run(config: RunConfig, *, notes: tuple[str, ...] = (), called: str | None = 
     finally:
         tidy(folder)
     record.after = _evaluate(record, model, "after")
+    if record.after is not None and config.eval is not None:
+        data = f"{Path(config.eval).name} ({config.eval_split})"
+        model.card.add_result(data, record.after, record.before, seed=config.seed)
     with disk_errors(folder):
         with _phase(record, "save"):
             record.files = _save(model, folder)
@@ -86,6 +90,14 @@ def run(config: RunConfig, *, notes: tuple[str, ...] = (), called: str | None = 
             write_run_report(record, model, folder)
         write_json(folder / METRICS, figures)
     return RunResult(folder=folder, metrics=figures, model=model)
+
+
+def _name_card(record: RunRecord, model: SentenceTransformer) -> None:
+    """Have the model's card say what was trained on what, where nothing says so yet."""
+    data: Any = model.model_card_data
+    trained_on = Path(record.config.train).name
+    data.model_name = data.model_name or f"{Path(record.called).name}, fine-tuned on {trained_on}"
+    data.train_datasets = data.train_datasets or [{"name": trained_on}]
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from .errors import ConfigError, ModelError
 from .files import atomic_folder
 from .hub import push_model
 from .layout import check_layout, make_compatible
-from .provenance import write
+from .model_card import complete
+from .provenance import trainings_of, write
 from .quantised import dequantised, is_quantised, transposed
 from .stored_table import StoredTable
 from .tables import merged_table
@@ -224,5 +225,7 @@ def finish(model: Prepared, served: BaseModel, folder: Path, layout: str, *, mer
     """
     if layout == "compatible":
         make_compatible(folder, model.burnish.decision.family.family if model.burnish is not None else None)
-    write(model, folder, merged=merged)
+    record = write(model, folder, merged=merged)
     deploy.write(served, folder)
+    if record is not None:
+        complete(model, served, folder, record, trainings_of(record))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from sentence_transformers.base.sampler import BatchSamplers
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from . import batching, stream
+from .card_facts import TrainingCost
 from .contracts import StepContext
 from .deploy import checkpoint
 from .errors import ModelError, PluginError
@@ -24,6 +25,7 @@ from .preparation import Preparation
 if TYPE_CHECKING:
     from .choices import BackendChoice
     from .contracts import Step
+    from .prepared import Prepared
 
 # Up to this limit of a model all batches get one bound on their texts, so that a length more is no shape more. Blocks
 # past a text's end cost nothing until they are tens of thousands.
@@ -70,6 +72,7 @@ class SteppingTrainer(OptimizingTrainer):
         if preparation is None:
             return
         self._fit_input(preparation)
+        self.add_callback(TrainingCost(cast("Prepared", self.model)))
         if preparation.decision.registry.claimants("observer", "step_finished"):
             self.add_callback(_Observers(preparation))
 

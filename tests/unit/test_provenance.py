@@ -17,7 +17,7 @@ from burnish.core.contracts import Patch
 from burnish.core.errors import ModelError
 from burnish.core.files import STALE
 from burnish.core.loading import Decision, decide, read_repository
-from burnish.core.model_card import rows, section, with_section
+from burnish.core.model_card import PROVENANCE, provenance, rows, with_section
 from burnish.core.options import LoadOptions
 from burnish.core.patching import Claim, PatchPlan
 from burnish.core.preparation import Preparation
@@ -421,7 +421,7 @@ def test_the_card_tells_it() -> None:
     assert told["Patches"] == "6 Old → New, applied (a|b<c; p (p 1))"
     assert f"torch {found['versions']['torch']}" in told["Libraries"] and "not installed" not in told["Libraries"]
     assert told["Before"] == "1 other set-up(s), told in burnish.json"
-    text = section(found, read(found).trainings)
+    text = provenance(found, read(found).trainings)
     assert "| Patches | 6 Old → New, applied (a\\|b&lt;c; p (p 1)) |" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {3}
@@ -435,25 +435,28 @@ def test_merged_for_inference_the_card_tells_of_the_training() -> None:
 
 def test_the_section_is_there_once() -> None:
     found = made()
-    one, two = section(found, [found]), section(found, [found | {"input": {"layout": "other", "reason": "other"}}])
+    other = found | {"input": {"layout": "other", "reason": "other"}}
+    one, two = provenance(found, [found]), provenance(found, [other])
     card = "---\ntags: [x]\n---\n\n# A model\n\nText.\n"
-    once = with_section(card, one)
+    once = with_section(card, PROVENANCE, one)
     assert once.startswith(card) and once.count("## Training provenance") == 1
-    assert with_section(once, one) == once
-    changed = with_section(once, two)
+    assert with_section(once, PROVENANCE, one) == once
+    changed = with_section(once, PROVENANCE, two)
     assert changed.count("## Training provenance") == 1 and "other (other)" in changed
-    assert with_section(changed, one) == once
-    assert with_section(with_section("", one), one) == with_section("", one)
+    assert with_section(changed, PROVENANCE, one) == once
+    assert with_section(with_section("", PROVENANCE, one), PROVENANCE, one) == with_section("", PROVENANCE, one)
 
 
 def test_the_section_keeps_its_place_and_what_is_around_it() -> None:
     found = made()
-    text = section(found, [found])
-    card = f"# A model\n\n{text}\n\n## Mine\n\nWords.\n"
-    assert with_section(card, text) == card
-    assert with_section(f"{card}\n{text}\n", text) == card, "a second section stays"
+    text = provenance(found, [found])
+    marked = with_section("", PROVENANCE, text).strip()
+    card = f"# A model\n\n{marked}\n\n## Mine\n\nWords.\n"
+    assert with_section(card, PROVENANCE, text) == card
+    assert with_section(f"{card}\n{marked}\n", PROVENANCE, text) == card, "a second section stays"
+    assert with_section(card, "limits", "few").startswith(card), "another section takes its place"
     broken = "# A model\n\n<!-- burnish: training provenance -->\n\nWords.\n"
-    assert with_section(broken, text).count("Words.") == 1, "a marker without its end swallows the card"
+    assert with_section(broken, PROVENANCE, text).count("Words.") == 1, "a marker without its end swallows the card"
 
 
 # The docs
