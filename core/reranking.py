@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from .errors import ConfigError, DataError, ModelError
 from .evaluate import Metric, _bootstrap
 from .readers import Row, jsonl_rows, place
 from .retrieval_data import RetrievalData, _identified, _row, _string, _text, _texts_file
+
+if TYPE_CHECKING:
+    from .cross_encoder import CrossEncoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,12 @@ def with_candidates(data: RetrievalData, candidates: Mapping[str, Sequence[str]]
         relevant={query: frozenset(data.relevant[query]) for query in data.queries},
         counts={query: len(data.relevant[query]) for query in data.queries},
     )
+
+
+def is_reranking(folder: Path, split: str) -> bool:
+    """Whether a folder has candidates for a split, and no judgements of whole searches."""
+    there = any((folder / f"{split}.jsonl{packed}").is_file() for packed in ("", ".gz"))
+    return there and not (folder / "qrels").exists()
 
 
 def load_reranking(folder: Path, split: str, *, max_queries: int | None = None) -> RerankingData:
@@ -163,6 +172,18 @@ class RerankingResult:
         """The means: `{"ndcg@10": …, "mrr@10": …}` for k = 10."""
         return {f"ndcg@{self.k}": self.ndcg.mean, f"mrr@{self.k}": self.mrr.mean}
 
+    def as_json(self) -> dict[str, Any]:
+        """The means, `intervals` (`{"ndcg@10": [low, high], …}`), both bounds and the count, ready for `json.dumps`."""
+        named = {f"ndcg@{self.k}": self.ndcg, f"mrr@{self.k}": self.mrr}
+        return {
+            **self.metrics(),
+            "intervals": {name: [metric.low, metric.high] for name, metric in named.items()},
+            "as they came": {f"ndcg@{self.k}": self.first},
+            "at best": {f"ndcg@{self.k}": self.best},
+            "queries": len(self.per_query),
+            "pairs": self.pairs,
+        }
+
     def __str__(self) -> str:
         within = f"{self.ndcg.low:.3f} to {self.ndcg.high:.3f}, {len(self.per_query)} queries"
         return f"nDCG@{self.k} {self.ndcg.mean:.3f} ({within}; as they came {self.first:.3f}, at best {self.best:.3f})"
@@ -231,6 +252,31 @@ def evaluate_reranking(
         seconds=seconds,
         pairs=len(pairs),
     )
+
+
+def load_reranker(name: str, **load: Any) -> CrossEncoder:
+    """A cross-encoder that can score pairs: one label, and a head that was trained.
+
+    Args:
+        name: Hub id or folder.
+        **load: Parameters of `FastCrossEncoder.from_pretrained`.
+
+    Raises:
+        ModelError: If it has another number of labels, or no head at all, so that a fresh one would answer at random.
+    """
+    from .fast_cross_encoder import FastCrossEncoder
+    from .heads import fresh_modules
+
+    model = FastCrossEncoder.from_pretrained(name, **load)
+    where = f"model {name}"
+    drawn = fresh_modules(model.transformers_model) if model.transformers_model is not None else []
+    if drawn:
+        what = f"it has no head to score pairs with: {', '.join(drawn)} would be drawn at random"
+        raise ModelError(what, where=where, fix="Name a cross-encoder, or train this one first")
+    if model.num_labels != 1:
+        what = f"it gives {model.num_labels} numbers a pair, not one"
+        raise ModelError(what, where=where, fix="Name a cross-encoder with one label")
+    return model
 
 
 def _ndcg(ranked: Sequence[str], relevant: frozenset[str], count: int, k: int) -> float:

@@ -147,10 +147,9 @@ class _Lazy:
 
     @cached_property
     def reranker(self) -> _Reranker:
-        from .fast_cross_encoder import FastCrossEncoder
+        from .reranking import load_reranker
 
-        model = FastCrossEncoder.from_pretrained(self.name, **self.load)
-        return _Reranker(model, self.prompt, self.raw, self.batch_size)
+        return _Reranker(load_reranker(self.name, **self.load), self.prompt, self.raw, self.batch_size)
 
     def score(self, pairs: Pairs) -> Any:
         return self.reranker.score(pairs)

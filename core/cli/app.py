@@ -117,8 +117,11 @@ app.command(name="train", short_help="Fine-tune a model on your data.", help=TRA
 @app.command("eval", short_help="Measure a model on held-out retrieval.")
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Folder: queries.jsonl, corpus.jsonl, qrels/SPLIT.tsv (each also .gz).")],
-    split: Annotated[str, typer.Option(help="Which qrels.")] = "test",
+    data: Annotated[
+        Path,
+        typer.Option(help="Folder: queries, corpus, qrels/SPLIT.tsv; or corpus, SPLIT.jsonl (docs/data.md)."),
+    ],
+    split: Annotated[str, typer.Option(help="Which qrels, or candidates.")] = "test",
     max_seq_length: Annotated[
         int | None, typer.Option(help="Longest text in tokens; left out, the model's own.", show_default=False)
     ] = None,
@@ -126,11 +129,18 @@ def evaluate(
     device: Device = None,
     output: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
-    """nDCG@10, recall@10 and MRR@10 with 95% intervals, from stock modules (nothing patched)."""
+    """nDCG@10, recall@10 and MRR@10 with 95% intervals, from stock modules (nothing patched).
+
+    A folder with candidates (docs/data.md) is for rerankers: nDCG@10 and MRR@10 of their order.
+    """
     from ..evaluate import evaluate_retrieval
     from ..files import write_json
+    from ..reranking import is_reranking
     from ..retrieval_data import load_retrieval
 
+    if is_reranking(data, split):
+        _evaluate_reranker(model, data, split, max_seq_length, batch_size, device, output)
+        return
     held_out = load_retrieval(data, split)
     from ..fast import FastSentenceTransformer
     from .quiet import quiet
@@ -142,6 +152,25 @@ def evaluate(
     )
     result = evaluate_retrieval(loaded, held_out.queries, held_out.corpus, held_out.relevant, batch_size=batch_size)
     scores(f"{model} on {data} ({split}: {result.queries} queries, {result.documents} documents)", result)
+    if output is not None:
+        write_json(output, result.as_json())
+
+
+def _evaluate_reranker(
+    model: str, data: Path, split: str, longest: int | None, batch_size: int, device: str | None, output: Path | None
+) -> None:
+    from ..files import write_json
+    from ..reranking import evaluate_reranking, load_reranker, load_reranking
+
+    held_out = load_reranking(data, split)
+    from .quiet import quiet
+    from .show import scores
+
+    quiet()
+    loaded = load_reranker(model, for_inference=True, max_seq_length=longest, device=device)
+    result = evaluate_reranking(loaded, held_out, batch_size=batch_size)
+    scores(f"{model} on {data} ({split}: {len(result.per_query)} queries, {result.pairs} candidates)", result)
+    print(f"nDCG@{result.k} as the candidates came {result.first:.4f}, in their best order {result.best:.4f}")
     if output is not None:
         write_json(output, result.as_json())
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..evaluate import RetrievalResult
+    from ..reranking import RerankingResult
     from ..runs import RunResult
     from ..verifying import Verdict
 
@@ -50,7 +51,7 @@ def sections(parts: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> None:
         console.print()
 
 
-def scores(title: str, result: RetrievalResult) -> None:
+def scores(title: str, result: RetrievalResult | RerankingResult) -> None:
     """Print one measurement: each metric with its interval."""
     values = result.as_json()
     rows = [
