@@ -344,7 +344,7 @@ class Classifier(CrossEncoder):
         if decision is not None and decision.task != CLASSIFY:
             fix = "Load it with FastCrossEncoder, or the model that it was made from"
             raise ConfigError(f"the repository holds a model for {decision.task}", where="FastClassifier", fix=fix)
-        if self.fresh and not asked:
+        if self.fresh and not asked and adapter_base(self.transformers_model) is None:  # an adapter brings its head
             fix = "Pass labels=['…', '…'] or num_labels, and problem_type where a text has several or a number"
             raise ConfigError("the repository has no head of its own", where="labels", fix=fix)
         if self.problem_type == SINGLE and self.num_labels < 2:

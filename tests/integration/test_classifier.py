@@ -114,6 +114,23 @@ def test_what_is_saved_is_a_plain_classifier(adapter: bool, tiny_bert: Path, tmp
         np.testing.assert_allclose(again.predict_proba(TEXTS), wanted, atol=1e-5)
 
 
+def test_an_adapter_is_trained_on(tiny_bert: Path, tmp_path: Path) -> None:
+    model = FastClassifier.from_pretrained(str(tiny_bert), device="cpu", labels=NAMES)
+    model = alive(FastClassifier.get_peft_model(model, r=4)).eval()
+    wanted = model.predict_proba(TEXTS)
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = FastClassifier.from_pretrained(str(tmp_path / "saved"), device="cpu").eval()
+    assert again.labels == tuple(NAMES)
+    np.testing.assert_allclose(again.predict_proba(TEXTS), wanted, atol=1e-5)
+    data = Dataset.from_dict({"text": TEXTS, "label": ["bird", "cat", "dog"] * 2})
+    arguments = CrossEncoderTrainingArguments(
+        str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, report_to="none", save_strategy="no", use_cpu=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    ClassifierTrainer(again, arguments, data).train()
+    assert np.abs(again.eval().predict_proba(TEXTS) - wanted).max() > 1e-3
+
+
 def held_out(model: Any, texts: int = 60) -> Dataset:
     """Texts whose labels the model knows three times in four."""
     lines = [f"{TEXTS[at % 6]} {at}" for at in range(texts)]
