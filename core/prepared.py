@@ -362,8 +362,7 @@ class Prepared(BaseModel):
 
 def _script_options(model_kwargs: Mapping[str, Any] | None) -> LoadOptions:
     attention = (model_kwargs or {}).get("attn_implementation")
-    quantised = (model_kwargs or {}).get("quantization_config")
-    dtype = model_kwargs_dtype(model_kwargs)
+    quantised, dtype = (model_kwargs or {}).get("quantization_config"), model_kwargs_dtype(model_kwargs)
     return LoadOptions(purpose="script", dtype=dtype, attention=attention, quantization_config=quantised)
 
 
@@ -375,9 +374,7 @@ def _device_name(device: Any, placement: Any = None) -> str:
         placement = next(iter(placement.values()), None)
     if isinstance(placement, int):
         placement = f"{get_device_name()}:{placement}"
-    if placement in (None, "auto", "balanced", "balanced_low_0", "sequential"):
-        placement = None
-    chosen = device if placement is None else placement
+    chosen = device if placement in (None, "auto", "balanced", "balanced_low_0", "sequential") else placement
     return str(chosen) if chosen is not None else str(get_device_name())
 
 
