@@ -6,6 +6,7 @@ it; a loaded one by its weights as they are now.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,21 +130,10 @@ class _Lazy:
     @cached_property
     def content(self) -> str:
         """A digest of a folder's files, or a Hub id with the commit that its branch or tag stands for."""
-        if os.path.isdir(self.name):
-            return _folder_digest(Path(self.name))
-        from transformers import AutoConfig
-
-        names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+        names = ("revision", "token", "local_files_only", "trust_remote_code")
         hub = {name: self.load[name] for name in names if name in self.load}
-        try:
-            commit = getattr(AutoConfig.from_pretrained(self.name, **hub), "_commit_hash", None)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"cannot be found ({reason})", where=f"teacher {self.name}", fix="See its name") from error
-        if commit is None:
-            fix = "Pass identity='NAME-1', or load the teacher yourself"
-            raise ModelError("the Hub names no commit of it", where=f"teacher {self.name}", fix=fix)
-        return f"{self.name} {commit}"
+        folder = self.load.get("cache_folder") or self.load.get("cache_dir")
+        return _content_of_files(self.name, **hub, **({"cache_dir": folder} if folder else {}))
 
     @cached_property
     def reranker(self) -> _Reranker:
@@ -153,6 +143,27 @@ class _Lazy:
 
     def score(self, pairs: Pairs) -> Any:
         return self.reranker.score(pairs)
+
+
+def _content_of_files(name: str, **hub: Any) -> str:
+    """What a model's files are, without reading them where the Hub says it; an adapter's with its base model's."""
+    if os.path.isdir(name):
+        digest, about = _folder_digest(Path(name)), Path(name) / "adapter_config.json"
+        if not about.is_file():
+            return digest
+        adapter = json.loads(about.read_text(encoding="utf-8"))
+        hub = {**hub, "revision": adapter.get("revision")}
+        return f"{digest} {_content_of_files(adapter['base_model_name_or_path'], **hub)}"
+    from transformers import AutoConfig
+
+    where, fix = f"teacher {name}", "Check the name, or load the teacher yourself and pass that"
+    try:
+        commit = getattr(AutoConfig.from_pretrained(name, **hub), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot be found ({' '.join(str(error).split())})", where=where, fix=fix) from error
+    if commit is None:
+        raise ModelError("the Hub names no commit of it", where=where, fix=fix)
+    return f"{name} {commit}"
 
 
 def _folder_digest(folder: Path) -> str:

@@ -168,6 +168,22 @@ def test_a_named_teacher_is_loaded_only_if_something_is_missing(
         ask(PAIRS, "nobody/nothing")
 
 
+def test_an_adapter_is_known_with_its_base(reranker: Path, ask: Any, tmp_path: Path) -> None:
+    from burnish.core.fast_cross_encoder import FastCrossEncoder
+
+    base = tmp_path / "base"
+    shutil.copytree(reranker, base)
+    model = FastCrossEncoder.from_pretrained(str(base), device="cpu")
+    FastCrossEncoder.get_peft_model(model, r=2).save_pretrained(str(tmp_path / "adapter"))
+    before = ask(PAIRS, tmp_path / "adapter", load={"device": "cpu"})["label"]
+    assert before == pytest.approx(ask(PAIRS, str(reranker), load={"device": "cpu"})["label"], abs=1e-5)
+    other = CrossEncoder(str(base), device="cpu")
+    for parameter in other.parameters():
+        parameter.data *= 1.5
+    other.save_pretrained(str(base))
+    assert ask(PAIRS, tmp_path / "adapter", load={"device": "cpu"})["label"] != before
+
+
 def test_a_model_that_was_trained_on_is_another_teacher(reranker: Path) -> None:
     model = CrossEncoder(str(reranker), device="cpu")
     before = content_of(model)
