@@ -27,6 +27,7 @@ def export_folder(source: Path, output: Path, target: str, options: Sequence[str
         ConfigError: If the target or an option is unknown, or the source is not a saved model.
         PluginError: If two plugins offer the target, or the one that does fails.
     """
+    target, colon, argument = target.partition(":")
     offers = exporters(registry(), target)
     if target not in offers:
         near = get_close_matches(target, offers, 1)
@@ -37,10 +38,16 @@ def export_folder(source: Path, output: Path, target: str, options: Sequence[str
     if output.resolve() == source.resolve():
         raise ConfigError("is also the folder to read from", where=f"--to {output}", fix="Write into another folder")
     plugin, spec = offers[target]
+    if colon and not (spec.argument and argument):
+        fix = f"Write {target}" + (f":{spec.argument.upper()}" if spec.argument else "")
+        raise ConfigError(f"{argument!r} means nothing to {target}", where="--target", fix=fix)
     if missing := spec.needs.missing(describe("cpu")):
-        raise ConfigError(missing, where=f"--target {target}", fix="Install what is missing")
+        extra = "openvino" if "openvino" in spec.needs.packages else "onnx"
+        fix = f"pip install 'burnish[{extra}]'" if plugin.own and spec.needs.packages else "Install what is missing"
+        raise ConfigError(missing, where=f"--target {target}", fix=fix)
     with atomic_folder(output) as staging:
-        request = ExportRequest(source=source, output=staging, options=_options(options))
+        given = _options(options) | ({spec.argument: argument} if colon else {})
+        request = ExportRequest(source=source, output=staging, options=given)
         names = _guarded(plugin, lambda: [Path(file).relative_to(staging) for file in spec.run(request)])
     return [output / name for name in names]
 

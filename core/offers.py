@@ -154,17 +154,19 @@ class ExporterSpec:
         summary: One line for `burnish plugins`.
         run: Writes into `request.output` and returns the files it made.
         needs: What it cannot run without.
+        argument: The option that VALUE sets in `--target TARGET:VALUE`; empty for a target that takes none there.
     """
 
     target: str
     summary: str
     run: Callable[[ExportRequest], Sequence[Path]]
     needs: Needs = ANYTHING
+    argument: str = ""
 
     def __post_init__(self) -> None:
         check_name(self, self.target)
         check_functions(self, "run")
-        check_types(self, summary=str, needs=Needs)
+        check_types(self, summary=str, needs=Needs, argument=str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
