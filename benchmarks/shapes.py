@@ -178,10 +178,8 @@ def build(
         part = Path(scratch) / "model"
         if SHAPES[name].head is not None:
             words = _tokenizer(tokenizer, longest)
-            if (
-                getattr(config, "type_vocab_size", 0) < 2
-            ):
-                words.model_input_names = ["input_ids", "attention_mask"]
+            if getattr(config, "type_vocab_size", 0) < 2:
+                words.model_input_names = words.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
             words.save_pretrained(part)
             config.num_labels, config.use_cache = 1, False
         else:

@@ -206,7 +206,10 @@ def feed(recipe: PairRecipe, dataset: Any, stock: Any, *, folder: str | None, sa
         if made.unlike is None:
             return made
         why = made.unlike
-    return _fed(recipe, dataset, stock, folder, say, whole=why)
+    made = _fed(recipe, dataset, stock, folder, say, whole=why)
+    if made.unlike is not None:
+        made.unlike = f"{why}; of whole pairs, {made.unlike}"
+    return made
 
 
 def _fed(recipe: PairRecipe, dataset: Any, stock: Any, folder: str | None, say: Say, whole: str | None) -> PairFeed:

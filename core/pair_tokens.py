@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import stream
+from .pair_cuts import Lengths, cut_lengths, cuts_each
 from .stream import Tokens
 from .tokenising import Flat, Recipe
-
-Lengths: TypeAlias = "NDArray[np.int64]"
 
 # What the features of packed input hold beside settings that are the same in every batch.
 _PACKED = frozenset({"input_ids", "position_ids", "token_type_ids", "cu_seq_lens_q", "cu_seq_lens_k"})
@@ -133,43 +132,6 @@ def find_template(backend: Any, *texts: str) -> Template | None:
     )
 
 
-def cut_lengths(lengths: Lengths, budget: int, strategy: str) -> Lengths | None:
-    """What a tokenizer leaves of texts that together are longer than `budget` tokens.
-
-    Args:
-        lengths: (texts, parts) tokens of each part, one or two.
-        budget: Tokens of a text's parts together.
-        strategy: "longest_first", "only_first" or "only_second". The first shortens the longer part to what the shorter
-            leaves, or both to halves, the longer getting the odd one (`truncate_encodings` of the library tokenizers);
-            transformers' own, for tokenizers in Python, rounds otherwise.
-
-    Returns:
-        (texts, parts); None where a part that alone may be cut is too short for it, which the tokenizer refuses.
-    """
-    over = np.maximum(lengths.sum(axis=1) - budget, 0)
-    if not over.any():
-        return lengths
-    kept = lengths.copy()
-    if strategy == "longest_first" and lengths.shape[1] == 2:
-        shorter = lengths.min(axis=1)
-        left = np.where(shorter > budget, shorter, np.maximum(shorter, budget - shorter))
-        halves = shorter + left > budget
-        few = np.where(halves, budget // 2, shorter)
-        many = np.where(halves, budget // 2 + budget % 2, left)
-        swapped = lengths[:, 0] > lengths[:, 1]
-        cut = np.stack([np.where(swapped, many, few), np.where(swapped, few, many)], axis=1)
-        kept[over > 0] = np.minimum(cut, lengths)[over > 0]
-        return kept
-    part = 1 if strategy == "only_second" else 0
-    if strategy == "longest_first":
-        kept[:, 0] -= over
-        return kept
-    if part >= lengths.shape[1] or (over >= lengths[:, part])[over > 0].any():
-        return None
-    kept[:, part] -= over
-    return kept
-
-
 class PairRecipe:
     """How a model's tokenizer puts together pairs, and single texts, that are tokenised already.
 
@@ -213,6 +175,10 @@ class PairRecipe:
             return {}
         found = {1: find_template(backend, "first"), 2: find_template(backend, "first", "second")}
         return {parts: template for parts, template in found.items() if template is not None}
+
+    @cached_property
+    def _cuts_each(self) -> bool:
+        return self.strategy == "longest_first" and cuts_each(self.plain.backend, self.templates[2].size)
 
     def why_not(self) -> str | None:
         """Why pairs cannot be put together here, as far as it is known without texts; None if they can."""
@@ -258,7 +224,8 @@ class PairRecipe:
         lengths = np.asarray([[len(part) for part in each] for each in parts], np.int64)
         kept: Lengths | None = lengths
         if self.max_length is not None:
-            kept = cut_lengths(lengths, self.max_length - template.size, self.strategy)
+            counted = np.minimum(lengths, self.max_length) if self._cuts_each else lengths
+            kept = cut_lengths(counted, self.max_length - template.size, self.strategy)
         if kept is None:
             return None
         right = self.model[0].tokenizer.truncation_side == "right"
