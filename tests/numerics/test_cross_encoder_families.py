@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +120,20 @@ def test_pairs_joined_are_told_apart() -> None:
     for pair in (("", ""), ("a", ""), ("3:4", "5:"), (":", "x"), ("漢字", "b")):
         assert _apart(str(joined(*pair))) == pair
     assert joined("a", None) is None and joined("ab", "c") != joined("a", "bc")
+
+
+def test_two_processes_train_as_theirs_do(tmp_path: Path) -> None:
+    """Real ones. Losses call the `preprocess` of DistributedDataParallel, to which Sentence Transformers binds it."""
+    still(make("bert", tmp_path / "model"))
+    rows = [
+        {"query": query, "docs": [*docs, "w9 w8"], "labels": [*labels, 2.0]}
+        for query, docs, labels in zip(LISTS["query"], LISTS["docs"], LISTS["labels"], strict=True)
+    ]
+    Dataset.from_list(rows * 2).to_json(str(tmp_path / "rows.json"))
+    script = str(Path(__file__).with_name("cross_encoder_processes.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    ran = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
+    assert len(found["ours"]) == 3 and len(set(found["ours"])) == 3
+    assert found["ours"] == pytest.approx(found["theirs"], rel=1e-5)
