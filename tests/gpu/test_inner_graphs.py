@@ -194,4 +194,8 @@ def test_under_autocast_weights_are_cast_anew_in_every_replay(tmp_path: Path) ->
         expected_loss, expected = bench.step(batch, graphs=False)
     assert bench.engine.counts["replayed"] >= 2 and second != first
     assert second == pytest.approx(expected_loss, rel=2e-2)
-    assert_same(found, expected, tolerance=0.1)
+    whole, error = (
+        sum(float(one.norm()) ** 2 for one in grads) ** 0.5
+        for grads in (expected.values(), [found[name] - grad for name, grad in expected.items()])
+    )
+    assert error <= 0.03 * whole and whole > 0  # old casts would be off by the whole of the change, 5% a weight
