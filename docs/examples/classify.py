@@ -82,7 +82,7 @@ def main() -> None:
     print(result)
 
     plain = pipeline("text-classification", model=given.output)
-    print(plain("The group used scheduled tasks to start its malware at every logon."))
+    print(plain("The malware lists the names of all running processes."))
     print(f"saved to {given.output}: the model, metrics.json and report.html")
 
 
