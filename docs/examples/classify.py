@@ -1,7 +1,7 @@
 """Fine-tune a classifier, calibrate its probabilities, and say how good it is on held-out sentences.
 
-    python docs/examples/classify.py                          all of it, some minutes on two CPU cores
-    python docs/examples/classify.py --steps 2 --texts 64     a look at how it goes
+    python docs/examples/classify.py                          all of it, a quarter of an hour of one CPU core
+    python docs/examples/classify.py --steps 6 --texts 96     a look at how it goes
 
 The data: 13,594 sentences on what an intruder did, each with one of 14 tactics of MITRE ATT&CK, split by actor. (c) The
 MITRE Corporation. This work is reproduced and distributed with the permission of The MITRE Corporation; see NOTICE.txt
