@@ -276,10 +276,11 @@ def test_the_fused_backend_forgets_all_that_it_keeps() -> None:
     from burnish.backends.fused import FusedStep
 
     step: Any = FusedStep.__new__(FusedStep)
-    step._graphs, step._warmed, step._refused, step._gradients = ({"a shape": 1} for _ in range(4))
-    step._pool = "a pool"
+    step._graphs, step._warmed, step._refused, step.gradients = ({"a shape": 1} for _ in range(4))
+    told = list[bool]()
+    step.inner = type("Inner", (), {"forget": lambda self: told.append(True)})()
     step.forget()
-    assert [step._graphs, step._warmed, step._refused, step._gradients, step._pool] == [{}, {}, {}, {}, None]
+    assert [step._graphs, step._warmed, step._refused, step.gradients, told] == [{}, {}, {}, {}, [True]]
 
 
 def test_a_batch_that_is_cut_is_not_captured(tiny_bert_st: Path, tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_a_batch_that_is_cut_is_not_captured(tiny_bert_st: Path, tmp_path: Path)
 
     class Told(FusedStep):
         def __init__(self) -> None:
-            self._never = None
+            self._never = self.inner = None
             self.context: Any = type(
                 "Context", (), {"host_work": staticmethod(lambda batch: room.host_work(batch, loss))}
             )
