@@ -61,7 +61,6 @@ def section(model: Prepared, served: BaseModel, folder: Path, *, used: bool) -> 
         "left_out": prompted,
         "only_here": _only_here(found),
         "classes": bool(classes),
-        "multi": "False" if problem != "multi_label_classification" else "None",
         "activated": _activated(found, problem, bool(classes)),
         "refused": dict(family.exports.refused) if family is not None else {},
         "gguf": _gguf(family.exports if family is not None else None, found),

@@ -99,7 +99,8 @@ def test_it_says_what_is_true(trained: Any) -> None:
     assert "64 rows, columns <code>anchor</code>, <code>positive</code>. Loss: <code>MultipleNegativesRanking" in text
     assert "| <code>anchor</code> | what is in old a? |" in text and "- `learning_rate`: 0.01" in text
     assert re.search(r"\| Time \| \d+ s for 3 steps \|", part(folder / "merged", "cost"))
-    assert "64 \\| places" in part(folder / "merged", "limits") and "first 64 tokens" in part(folder / "merged", "limits")
+    limits = part(folder / "merged", "limits")
+    assert "64 \\| places" in limits and "first 64 tokens" in limits
     # Parts stand in the order in which a reader asks for them.
     titles = re.findall(r"^## (.*)", text, re.MULTILINE)
     assert titles == ["How good it is", "How to use it", "Serving it", "Limits", "Training", "Training provenance",
@@ -169,12 +170,18 @@ def test_a_classifiers_card(tiny_bert: Path, tmp_path: Path) -> None:
     model.card.add_result("16 texts", model.measure(data, resamples=20))
     model.save_pretrained(str(tmp_path / "full"))
     check(tmp_path / "full", "results")
+    assert "## Training\n" not in card(tmp_path / "full"), "a heading of nothing"
     made = run_snippet(tmp_path / "full")
     assert abs(made["logits"].softmax(1).numpy() - model.predict_proba([ANSWER])).max() <= 1e-6
     serving = part(tmp_path / "full", "serving")
     assert "Classes: no, yes." in serving and "print(logits.softmax(dim=1))" in serving and "/classify" in serving
     assert "LangChain has no interface for classifiers" in serving
     assert "held out: 16 texts." in part(tmp_path / "full", "results") and "| Accuracy | **" in card(tmp_path / "full")
+    usage = card(tmp_path / "full").split("## How to use it")[1].split("```python")[1].split("```")[0]
+    shown: list[dict[str, float]] = []
+    exec(usage.replace("cross_encoder_model_id", str(tmp_path / "full")), {"print": shown.append})
+    assert list(shown[0]) == ["no", "yes"]
+    assert abs(np.array(list(shown[0].values())) - made["logits"].numpy()[0]).max() <= 1e-6
     model.temperature = 2.0
     model.save_pretrained(str(tmp_path / "calibrated"))
     assert "calibrated by a temperature that only Burnish reads" in part(tmp_path / "calibrated", "limits")
