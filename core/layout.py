@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,8 @@ _LATER: dict[str, dict[str, Any]] = {
     "Dense": {"module_input_name": _SENTENCE, "module_output_name": _SENTENCE},
 }
 _TEXT_ONLY = {"method": "forward", "method_output_name": "last_hidden_state"}
-# Of this process, not of the model.
-_PASSING = ("backend", "is_local", "local_files_only", "name_or_path")
+# Of a process, not of the model. FastEmbed takes a `max_length` that some call once had for the model's limit.
+_PASSING = ("backend", "is_local", "local_files_only", "name_or_path", "max_length")
 # A tokenizer without a limit says 1e30, as an integer of 31 digits; older readers keep it in 64 bits.
 _NO_LIMIT = 10**9
 # What PEFT 0.14, which Sentence Transformers 3.4 was released with, knows of a LoRA adapter.
@@ -70,7 +71,19 @@ def check_layout(layout: str) -> None:
         raise ConfigError(f"{layout!r} is unknown", where="layout", fix=fix)
 
 
-def make_compatible(folder: Path, family: Family | None = None) -> None:
+def tokenizer_inputs(model: Any) -> list[str] | None:
+    """What a model's tokenizer hands it, without what its forward does not take; None for a model without a tokenizer.
+
+    Sentence Transformers 6 leaves the rest out by itself; versions before stop at it.
+    """
+    transformer, tokenizer = model.transformers_model, model.tokenizer
+    if transformer is None or not hasattr(tokenizer, "model_input_names"):
+        return None
+    takes = signature(type(transformer).forward).parameters
+    return [name for name in tokenizer.model_input_names if name in takes]
+
+
+def make_compatible(folder: Path, family: Family | None = None, inputs: list[str] | None = None) -> None:
     """Rewrite a folder that Sentence Transformers 6 has just saved, in place.
 
     Args:
@@ -78,10 +91,11 @@ def make_compatible(folder: Path, family: Family | None = None) -> None:
             written one after the other.
         family: Whose `Exports.legacy_config` gives the config keys that older readers want; None for a model that
             Burnish knows no family of.
+        inputs: From `tokenizer_inputs`; None leaves what the tokenizer says.
     """
     for kind, place in list(_modules(folder)):
         if kind == "Transformer":
-            _older_transformer(place, family)
+            _older_transformer(place, family, inputs)
         elif (config := place / "config.json").exists():
             _older_module(kind, config)
     for name in ("modules.json", "router_config.json"):
@@ -164,9 +178,9 @@ def _older_pooling(config: dict[str, Any]) -> dict[str, Any]:
     return {"word_embedding_dimension": width, **flags, **rest}
 
 
-def _older_transformer(place: Path, family: Family | None) -> None:
+def _older_transformer(place: Path, family: Family | None, inputs: list[str] | None) -> None:
     if (tokenizer := place / "tokenizer_config.json").exists():
-        _older_tokenizer(place, tokenizer)
+        _older_tokenizer(place, tokenizer, inputs)
     if (path := place / "sentence_bert_config.json").exists():
         _write(path, _older_length(_read(path), _longest(place)))
     if (path := place / "config.json").exists():
@@ -238,10 +252,12 @@ def _older_rotary(parameters: Any) -> dict[str, Any]:
     return older if scaling.get("rope_type", "default") == "default" else {**older, "rope_scaling": scaling}
 
 
-def _older_tokenizer(place: Path, path: Path) -> None:
+def _older_tokenizer(place: Path, path: Path, inputs: list[str] | None) -> None:
     config = {key: value for key, value in _read(path).items() if key not in _PASSING}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if inputs is not None:
+        config["model_input_names"] = inputs
     # transformers 4 takes a mapping here, and a list for the other name, which 5 reads too.
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
@@ -256,8 +272,17 @@ def _older_tokenizer(place: Path, path: Path) -> None:
         if (key.endswith("_token") and isinstance(value, str | dict)) or key == "additional_special_tokens"
     }
     _write(place / "special_tokens_map.json", _bare(special))
+    if (whole := place / "tokenizer.json").exists():
+        _forget_last_call(whole)
     if (vocabulary := _word_pieces(place)) is not None:
         (place / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary), encoding="utf-8")
+
+
+def _forget_last_call(path: Path) -> None:
+    """Take out how the last call before the save cut and padded, which readers without transformers go on doing."""
+    value = _read(path)
+    if any(value.get(name) is not None for name in ("truncation", "padding")):
+        path.write_text(json.dumps(value | {"truncation": None, "padding": None}, ensure_ascii=False), encoding="utf-8")
 
 
 def _bare(tokens: Any) -> Any:

@@ -14,7 +14,7 @@ from . import deploy
 from .errors import ConfigError, ModelError
 from .files import atomic_folder
 from .hub import push_model
-from .layout import check_layout, make_compatible
+from .layout import check_layout, make_compatible, tokenizer_inputs
 from .model_card import complete
 from .provenance import trainings_of, write
 from .quantised import dequantised, is_quantised, transposed
@@ -224,7 +224,8 @@ def finish(model: Prepared, served: BaseModel, folder: Path, layout: str, *, mer
         merged: Whether the adapter was folded in.
     """
     if layout == "compatible":
-        make_compatible(folder, model.burnish.decision.family.family if model.burnish is not None else None)
+        family = model.burnish.decision.family.family if model.burnish is not None else None
+        make_compatible(folder, family, tokenizer_inputs(served))
     record = write(model, folder, merged=merged)
     deploy.write(served, folder)
     if record is not None:

@@ -18,7 +18,7 @@ from .. import deploy
 from ..contracts import ExporterSpec, ExportRequest
 from ..errors import ConfigError, ModelError
 from ..hookspecs import hookimpl
-from ..layout import make_compatible
+from ..layout import make_compatible, tokenizer_inputs
 from .source import check_options, read_model, written
 
 
@@ -82,7 +82,7 @@ def matryoshka(request: ExportRequest) -> Sequence[Path]:
         raise ConfigError(what, where="--target matryoshka:N", fix=f"The model has {width} dimensions")
     short = shortened(model, int(asked))
     short.save(str(request.output))
-    make_compatible(request.output, family)
+    make_compatible(request.output, family, tokenizer_inputs(short))
     deploy.write(short, request.output)
     return written(request.output)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import deploy
 from ..contracts import ExportRequest, Family
 from ..errors import ConfigError, ModelError
-from ..layout import make_compatible
+from ..layout import make_compatible, tokenizer_inputs
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
@@ -72,7 +72,7 @@ def check_options(target: str, given: Mapping[str, str], known: Mapping[str, tup
 def write_around(model: BaseModel, family: Family, folder: Path) -> None:
     """All of a model's files in the compatible layout but its weights."""
     model.save(str(folder))
-    make_compatible(folder, family)
+    make_compatible(folder, family, tokenizer_inputs(model))
     for weights in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         weights.unlink()
 

@@ -20,7 +20,7 @@ from burnish.core.registry import forget
 
 Install = Callable[..., str]
 Cli = Callable[..., tuple[int, str, str]]
-COMMANDS = ("quickstart", "train", "eval", "export", "verify", "doctor", "plan", "plugins")
+COMMANDS = ("quickstart", "train", "eval", "export", "verify", "push", "doctor", "plan", "plugins")
 DATA = Path(program.__file__).parents[1] / "quickstart_data"
 
 

@@ -122,6 +122,21 @@ def test_the_tokenizer_is_one_that_transformers_4_knows(tmp_path: Path) -> None:
     assert (folder / "vocab.txt").read_text() == "a\nb\n##c\n"
 
 
+def test_what_a_call_left_in_the_tokenizer_is_forgotten(tmp_path: Path) -> None:
+    state = {"truncation": {"max_length": 128}, "padding": {"strategy": "BatchLongest"}, "model": {"type": "BPE"}}
+    limits = {"tokenizer_class": "X", "model_max_length": 256, "max_length": 128}
+    folder = saved(tmp_path, tokenizer=state, tokenizer_config=limits)
+    assert got(folder / "tokenizer.json") == {**state, "truncation": None, "padding": None}
+    assert "max_length" not in got(folder / "tokenizer_config.json")
+
+
+def test_inputs_that_the_model_does_not_take(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    assert "model_input_names" not in got(folder / "tokenizer_config.json")
+    make_compatible(folder, None, ["input_ids", "attention_mask"])
+    assert got(folder / "tokenizer_config.json")["model_input_names"] == ["input_ids", "attention_mask"]
+
+
 def test_an_adapter_leaves_out_what_peft_of_before_stops_at(tmp_path: Path) -> None:
     from peft import LoraConfig
 

@@ -1,0 +1,164 @@
+"""Saved folders of every family, and the environments in which others read them: see .ci/environments.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from burnish import FastSentenceTransformer
+from burnish.core import consumers, deploy, verifying
+from burnish.core.testing.subject import enliven, quietly
+from burnish.core.verifying import Verdict
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = ("bert", "distilbert", "gemma", "modernbert", "mpnet", "qwen3", "xlm_roberta")
+# Other than the defaults, so that a reader that misses a key computes another model.
+UNUSUAL: Mapping[str, Mapping[str, Any]] = {
+    "gemma": {"rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 900.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+    }},
+    "modernbert": {"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 900.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+    }},
+    "qwen3": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 300.0}},
+}  # fmt: skip
+PROMPTS = {"query": "find this: ", "document": ""}
+_MANY = """
+import json, sys, traceback
+sys.path.insert(0, sys.argv[1])
+consumer, pairs = __import__(sys.argv[2]), json.loads(sys.argv[3])
+for asked, answered in pairs:
+    sys.argv = ["", asked, answered]
+    try:
+        consumer.main()
+    except BaseException as error:
+        json.dump({"failed": f"{type(error).__name__}: {error}"}, open(answered, "w"))
+"""
+_rows: list[tuple[str, ...]] = []
+
+
+def tiny(name: str, minilm: Path, folder: Path) -> Path:
+    """A bare transformers folder of one family: random weights, and MiniLM's tokenizer cut at 64 tokens."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(minilm), model_max_length=64)
+    config = import_module(f"burnish.families.{name}").sample("tiny")
+    special = {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102, "cls_token_id": 101, "sep_token_id": 102}
+    for key, value in {"vocab_size": len(tokenizer), **special, **UNUSUAL.get(name, {})}.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    torch.manual_seed(0)
+    kind: Any = AutoModel
+    model = kind.from_config(config).float()
+    enliven(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapted(base: Path) -> Any:
+    """A model with an adapter that acts."""
+    with quietly():
+        model = FastSentenceTransformer.from_pretrained(str(base), device="cpu", prompts=PROMPTS)
+        model = FastSentenceTransformer.get_peft_model(model, r=4)
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.fixture(scope="session")
+def saved(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """ "FAMILY full", "FAMILY adapter" and "FAMILY merged" folders of every family, and of the real MiniLM."""
+    found: dict[str, Path] = {}
+    for name in (*FAMILIES, "minilm"):
+        # No folder is called after an architecture: some readers guess by that.
+        place = tmp_path_factory.mktemp("saved") / "model"
+        base = tiny(name, minilm, place / "base") if name != "minilm" else minilm
+        with quietly():
+            model = FastSentenceTransformer.from_pretrained(
+                str(base), full_finetuning=True, device="cpu", prompts=PROMPTS
+            )
+        model.save_pretrained(str(place / "full"))
+        other = adapted(place / "full")
+        other.save_pretrained(str(place / "adapter"))
+        other.save_pretrained_merged(place / "merged")
+        found |= {f"{name} {kind}": place / kind for kind in ("full", "adapter", "merged")}
+    return found
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[[str], Path]:
+    """The Python of an environment, made if need be."""
+    spec = importlib.util.spec_from_file_location("environments", ROOT / ".ci" / "environments.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda name: Path(module.make(ROOT / ".venv-exports", name))
+
+
+@pytest.fixture(scope="session")
+def read_all(
+    python: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Verdict | str]]:
+    """What one runtime of one environment makes of many folders, in one process: a verdict each, or why it failed."""
+
+    def run(environment: str, runtime: str, folders: Mapping[str, Path]) -> dict[str, Verdict | str]:
+        place, pairs = tmp_path_factory.mktemp("answers"), []
+        for number, folder in enumerate(folders.values()):
+            described = deploy.read(folder)
+            reference = json.loads((folder / described["golden"]).read_text(encoding="utf-8"))
+            request = {"folder": str(folder), "deploy": described, "variant": None, **reference}
+            asked, answered = place / f"{number}.request", place / f"{number}.answer"
+            asked.write_text(json.dumps(request))
+            pairs.append((str(asked), str(answered)))
+        scripts = str(Path(consumers.__file__).parent)
+        script = f"with_{runtime.replace('-', '_')}"
+        command = [str(python(environment)), "-c", _MANY, scripts, script, json.dumps(pairs)]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found: dict[str, Verdict | str] = {}
+        for (name, folder), (asked_at, answered_at) in zip(folders.items(), pairs, strict=True):
+            answer, reference = json.loads(Path(answered_at).read_text()), json.loads(Path(asked_at).read_text())
+            if "failed" in answer:
+                found[name] = answer["failed"]
+            else:
+                faults = deploy.changed(folder, reference["deploy"])
+                found[name] = verifying._compare(runtime, reference, answer, verifying.COSINE, faults)
+        _note(environment, runtime, found)
+        return found
+
+    return run
+
+
+def _note(environment: str, runtime: str, found: Mapping[str, Verdict | str]) -> None:
+    for name, verdict in found.items():
+        row = (environment, runtime, name)
+        if isinstance(verdict, str):
+            _rows.append((*row, "", "", verdict[:60]))
+        else:
+            words = "right" if verdict.good else "; ".join(verdict.faults)
+            _rows.append((*row, f"{verdict.cosine or 1:.6f}", f"{verdict.difference:.1e}", words))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of what was read by what."""
+    if _rows:
+        terminalreporter.section("exports")
+        _table(terminalreporter.write_line, _rows)
+
+
+def _table(write: Callable[[str], object], rows: Iterable[tuple[str, ...]]) -> None:
+    for environment, runtime, name, cosine, difference, words in rows:
+        write(f"{environment:12} {runtime:22} {name:20} {cosine:9} {difference:8} {words}")
