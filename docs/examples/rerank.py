@@ -1,6 +1,6 @@
 """Fine-tune a reranker on BM25's candidates and measure how much better than BM25 it orders them.
 
-    python docs/examples/rerank.py                                                    about 15 minutes on one CPU core
+    python docs/examples/rerank.py                                                    about 20 minutes on one CPU core
     python docs/examples/rerank.py --steps 2 --train-queries 16 --test-queries 4      a look at how it goes
 
 The data: what an intruder did, and for each such sentence 30 techniques of MITRE ATT&CK as BM25 ranks them, split by
@@ -27,11 +27,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="folder or Hub id")
     options.add_argument("--data", type=Path, default=DATA, help="a reranking folder")
-    options.add_argument("--train-queries", type=int, default=1200, help="use so many training queries")
+    options.add_argument("--train-queries", type=int, default=4000, help="use so many training queries")
     options.add_argument("--test-queries", type=int, default=300, help="measure on so many test queries")
     options.add_argument("--negatives", type=int, default=4, help="of a training query, drawn from its candidates")
     options.add_argument("--epochs", type=float, default=1, help="passes over the training pairs")
-    options.add_argument("--rate", type=float, default=1e-4, help="peak learning rate")
+    options.add_argument("--rate", type=float, default=2e-4, help="peak learning rate")
+    options.add_argument("--length", type=int, default=64, help="longest pair in tokens")
     options.add_argument("--steps", type=int, default=-1, help="stop after so many optimizer steps")
     options.add_argument("--seed", type=int, default=42, help="of the head, the negatives and the order of the data")
     options.add_argument("--output", default="reranker", help="folder for the model")
@@ -43,7 +44,7 @@ def main() -> None:
 
     # An embedding model has no head to score pairs with: a fresh one is drawn, and everything trains.
     model = FastCrossEncoder.from_pretrained(
-        given.model, full_finetuning=True, num_labels=1, max_seq_length=128, random_state=given.seed
+        given.model, full_finetuning=True, num_labels=1, max_seq_length=given.length, random_state=given.seed
     )
     trainer = CrossEncoderTrainer(
         model=model,
