@@ -48,7 +48,9 @@ class FusedStep:
         self.gradients = Gradients()
         self.inner: InnerGraphs | None = None
         if context.inner is not None:
-            self.inner = InnerGraphs(context.inner, context.model, self.gradients, self.counts, context.say)
+            self.inner = InnerGraphs(
+                context.inner, context.model, self.gradients, self.counts, context.say, self.regions.active
+            )
         self._seconds = 0.0
         self._parameters = list(context.model.parameters())
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
@@ -65,7 +67,7 @@ class FusedStep:
         if (never := self._never or self.context.host_work(batch)) is not None:
             return self._without(model, batch, items, never)
         if self.inner is not None:
-            with self.regions.active(), self.inner.active():
+            with self.inner.active():
                 return self.context.eager(model, batch, items)
         key = self._key(batch, items)
         if key in self._refused:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,12 +45,20 @@ class InnerGraphs:
         model: Whose weights it reads.
         gradients: Those of all graphs of the step's backend.
         counts, say: What is told of steps, as by the backend.
+        around: What forward and backward run in where they are no graphs, and what they are captured in.
     """
 
     def __init__(
-        self, inner: Inner, model: nn.Module, gradients: Gradients, counts: Counter[str], say: Callable[[str], None]
+        self,
+        inner: Inner,
+        model: nn.Module,
+        gradients: Gradients,
+        counts: Counter[str],
+        say: Callable[[str], None],
+        around: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.inner, self.model, self.gradients, self.counts, self.say = inner, model, gradients, counts, say
+        self._around, self._inside = around, False
         self.capture_seconds = 0.0
         self._weights = list(model.parameters())
         self._graphs: OrderedDict[Hashable, Halves] = OrderedDict()
@@ -70,7 +78,7 @@ class InnerGraphs:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Graphs for the length of a step, forward and backward."""
-        self._plain, self._open, self._watching = self.inner.run, False, []
+        self._plain, self._open, self._inside, self._watching = self.inner.run, False, False, []
         with ExitStack() as self._step:
             self.inner.run = self._run
             try:
@@ -101,7 +109,15 @@ class InnerGraphs:
     def _without(self, inputs: Mapping[str, Any], reason: str) -> Tensor:
         self.counts[reason] += 1
         self.say(f"forwards run without a CUDA graph: {reason}")
+        self._enter()
         return self._plain(inputs)
+
+    def _enter(self) -> None:
+        """What `around` sets up lasts to the end of the step: a backward needs it too. A step that only replays does
+        without (with 24 layers under an adapter it takes the host longer than the GPU computes)."""
+        if not self._inside:
+            self._step.enter_context(self._around())
+            self._inside = True
 
     def _key(self, inputs: Mapping[str, Any]) -> Hashable:
         """What captured halves must find unchanged: shapes, precision, and where the weights lie."""
@@ -118,6 +134,7 @@ class InnerGraphs:
         self.counts["warm-up"] += 1
         self._open = True
         self._watching.append((key, self._step.enter_context(self.gradients.watched(self._weights))))
+        self._enter()
         state = host_random()
         scores = self._plain(inputs)
         if host_random() != state:
@@ -129,6 +146,7 @@ class InnerGraphs:
         trained = self._warmed[key]
         held = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         halves = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._enter()
         try:
             with self.gradients.in_place(trained) as pool:
                 # The loader's thread pins memory meanwhile, which only this mode of capture allows.

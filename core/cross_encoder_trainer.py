@@ -16,6 +16,7 @@ from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments as
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from . import stream
 from .arguments import CrossEncoderTrainingArguments as CrossEncoderTrainingArguments
 from .errors import ConfigError
 from .pair_feeding import feed, refusal
@@ -80,6 +81,11 @@ class CrossEncoderTrainer(SteppingTrainer, StockTrainer):
         self._say(found.said())
         self._pairs = recipe
         return found.loader(loader)
+
+    def _shapes(self) -> tuple[stream.Fit | None, stream.Fit | None]:
+        """As other trainers', with fewer shapes of small batches: a query and its candidates are a thousand tokens."""
+        fit, fit_longest = super()._shapes()
+        return None if fit is None else stream.fit_few, fit_longest
 
     def _step_settings(self) -> dict[str, Any]:
         return {"inner": getattr(self.model, "packed_scores", None)}

@@ -106,6 +106,12 @@ def fit_eighths(number: int) -> int:
     return -(-max(number, 1) // step) * step
 
 
+def fit_few(number: int) -> int:
+    """Up to a multiple of 256 below 2,048, where more tokens take a GPU hardly longer and each shape is to be captured;
+    from there on `fit_eighths`."""
+    return -(-max(number, 1) // 256) * 256 if number <= 2048 else fit_eighths(number)
+
+
 def fit_octave(number: int) -> int:
     """Up to the next power of two, 64 or more: kernels skip the blocks past a text's end, so this costs nothing."""
     return max(64, 1 << (max(number, 1) - 1).bit_length())

@@ -75,6 +75,9 @@ def test_shapes_are_few() -> None:
     shapes = {stream.fit_eighths(number) for number in range(1, 65_537)}
     assert len(shapes) <= 8 * 10 and max(stream.fit_eighths(n) / n for n in range(1024, 65_537)) <= 1.126
     assert [stream.fit_octave(number) for number in (1, 64, 65, 300)] == [64, 64, 128, 512]
+    few = [stream.fit_few(number) for number in range(1, 5000)]
+    assert sorted(few) == few and all(found >= number for number, found in enumerate(few, start=1))
+    assert {found for found in few if found <= 2048} == set(range(256, 2049, 256)) and stream.fit_few(4097) == 4608
 
 
 def test_features_and_columns_come_back_out() -> None:
