@@ -72,7 +72,9 @@ def lost_connection(error: BaseException) -> bool:
     """Whether the request got no answer at all."""
     # huggingface_hub 1 talks through httpx, 2 through httpx2; the one it uses is loaded by now.
     known = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
-    return isinstance(error, (*known, ConnectionError, TimeoutError))
+    # After a connection that could not be made, huggingface_hub 1.5 asks once more through the client it has closed.
+    closed = isinstance(error, RuntimeError) and "client has been closed" in str(error)
+    return closed or isinstance(error, (*known, ConnectionError, TimeoutError))
 
 
 def wait_before(error: BaseException, attempt: int) -> float | None:
