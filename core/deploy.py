@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from . import golden
 from .environment import versions
 from .errors import ModelError
 
@@ -51,6 +50,8 @@ def write(model: Any, folder: Path, *, rounded: str | None = None, **more: Any) 
     """
     if _between_steps.get():
         return
+    from . import golden  # imports torch, which reading a description does without
+
     reason = golden.write_golden(model, folder, rounded=rounded)
     file = golden.FILE if reason is None else None
     write_description(folder, describe(model, folder) | {"golden": file, "golden_reason": reason} | more)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from .choices import Considered
 from .contracts import BackendSpec, CommandSpec, ExporterSpec, FamilySpec, KernelSpec
 from .discovery import Plugin, find, installed
-from .heads import head_modules, within
 from .loading import CLASSIFY, EMBED, Decision, Repository, decide, read_repository, skeleton, task_of
 from .options import LoadOptions, Purpose
 from .patching import PatchPlan
@@ -195,6 +194,7 @@ def _patch_rows(decision: Decision, transformer: PreTrainedModel) -> list[tuple[
 
 def _lora_rows(decision: Decision, transformer: PreTrainedModel) -> list[tuple[str, str]]:
     from .adapters import lora_layers
+    from .heads import head_modules, within  # imports torch, which listing plugins does without
 
     head = head_modules(transformer, decision.head) if decision.task != EMBED else []
     layers, dead = lora_layers(transformer, decision.family.family.lora)

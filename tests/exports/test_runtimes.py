@@ -20,9 +20,11 @@ MODELS = ("minilm merged", "minilm adapter", "xlm_roberta merged", "modernbert m
 
 
 def burnish(python: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    # Not in the checkout, whose folders would stand before libraries of the same names.
     return subprocess.run(
-        [str(python), "-c", _RUN, *map(str, arguments)], capture_output=True, text=True, timeout=900, check=False
-    )
+        [str(python), "-c", _RUN, *map(str, arguments)], cwd=Path(python).parent, capture_output=True, text=True,
+        timeout=900, check=False,
+    )  # fmt: skip
 
 
 def exported(python: Python, source: Path, target: str, folder: Path, *options: str) -> Path:
