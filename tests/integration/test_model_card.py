@@ -51,7 +51,7 @@ def run_snippet(folder: Path, title: str = "transformers") -> dict[str, Any]:
 def check(folder: Path, *named: str) -> None:
     """What every card has to keep to."""
     text = card(folder)
-    data = ModelCard(text, ignore_metadata_errors=False).data
+    data: Any = ModelCard(text, ignore_metadata_errors=False).data
     assert data.library_name == "sentence-transformers" and data.pipeline_tag and data.tags
     for name in (*named, "serving", "limits", "training provenance"):
         assert part(folder, name).strip(), name

@@ -24,7 +24,7 @@ ONE = Metric(mean=0.5, low=0.25, high=0.75)
 
 
 def spent(**changed: Any) -> Cost:
-    known = {"seconds": 7200.0, "first": 0, "last": 1500, "hardware": "cuda (a card)", "devices": 2, "watts": 350.0,
+    known: dict[str, Any] = {"seconds": 7200.0, "first": 0, "last": 1500, "hardware": "cuda (a card)", "devices": 2, "watts": 350.0,
              "measured": False}  # fmt: skip
     return Cost(**(known | changed))
 
@@ -127,7 +127,7 @@ def test_what_only_sentence_transformers_computes() -> None:
 def test_the_template_takes_every_model(
     kind: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    facts = {"kind": kind, "modules": ["Transformer"], "pooling": "mean" if kind == "embeddings" else None,
+    facts: dict[str, Any] = {"kind": kind, "modules": ["Transformer"], "pooling": "mean" if kind == "embeddings" else None,
              "include_prompt": True, "normalize": True, "dense": [], "activation": "torch.nn.Sigmoid", "labels": ["x"],
              "prompts": {}, "max_seq_length": 64, "dtype": "float32", "adapter_of": None}  # fmt: skip
     monkeypatch.setattr("burnish.core.deploy.describe", lambda *_: facts | change)
