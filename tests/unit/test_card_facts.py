@@ -24,8 +24,15 @@ ONE = Metric(mean=0.5, low=0.25, high=0.75)
 
 
 def spent(**changed: Any) -> Cost:
-    known: dict[str, Any] = {"seconds": 7200.0, "first": 0, "last": 1500, "hardware": "cuda (a card)", "devices": 2, "watts": 350.0,
-             "measured": False}  # fmt: skip
+    known: dict[str, Any] = {
+        "seconds": 7200.0,
+        "first": 0,
+        "last": 1500,
+        "hardware": "cuda (a card)",
+        "devices": 2,
+        "watts": 350.0,
+        "measured": False,
+    }
     return Cost(**(known | changed))
 
 
@@ -127,9 +134,20 @@ def test_what_only_sentence_transformers_computes() -> None:
 def test_the_template_takes_every_model(
     kind: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    facts: dict[str, Any] = {"kind": kind, "modules": ["Transformer"], "pooling": "mean" if kind == "embeddings" else None,
-             "include_prompt": True, "normalize": True, "dense": [], "activation": "torch.nn.Sigmoid", "labels": ["x"],
-             "prompts": {}, "max_seq_length": 64, "dtype": "float32", "adapter_of": None}  # fmt: skip
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "modules": ["Transformer"],
+        "pooling": "mean" if kind == "embeddings" else None,
+        "include_prompt": True,
+        "normalize": True,
+        "dense": [],
+        "activation": "torch.nn.Sigmoid",
+        "labels": ["x"],
+        "prompts": {},
+        "max_seq_length": 64,
+        "dtype": "float32",
+        "adapter_of": None,
+    }
     monkeypatch.setattr("burnish.core.deploy.describe", lambda *_: facts | change)
     data = SimpleNamespace(model_id=None)
     served: Any = SimpleNamespace(config=None, model_card_data=data, _model_card_model_id_placeholder="an_id")
