@@ -327,6 +327,7 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of an encoder's weights")
     parser.add_argument("--out", type=Path, help="JSON lines file that the run is added to")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="left out: cuda if it is there")
+    parser.add_argument("--backend", default="auto", help="of Burnish's model")
     parser.add_argument("--commit", help="what to write down where there is no git")
     for name, kind in (("queries", int), ("negatives", int), ("texts", int), ("test", int), ("max-steps", int),
                        ("epochs", float), ("batch", int), ("rate", float), ("length", int)):  # fmt: skip

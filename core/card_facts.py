@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
-
-from .environment import describe_environment
 from .errors import ConfigError
 from .evaluate import Metric, RetrievalResult, paired_gain
 
 if TYPE_CHECKING:
-    from .prepared import Prepared
+    pass
 
 _POWERCAP = Path("/sys/class/powercap")
 _JOULES = 3.6e6  # in a kWh
@@ -140,31 +136,6 @@ def _change(before: Any, after: Any, seed: int) -> dict[str, Metric]:
         ranges = gain["intervals"]
         return {name: Metric(mean=gain[name], low=low, high=high) for name, (low, high) in ranges.items()}
     return {}
-
-
-class TrainingCost(TrainerCallback):
-    """Writes what a training takes on the card of the model that is trained."""
-
-    def __init__(self, model: Prepared) -> None:
-        self._model, self._began, self._first = model, 0.0, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        self._began, self._first = time.perf_counter(), state.global_step
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        device = str(self._model.device)
-        data: Any = self._model.model_card_data
-        self._model.card.cost = Cost(
-            seconds=time.perf_counter() - self._began,
-            first=self._first,
-            last=state.global_step,
-            hardware=describe_environment(device)["device"],
-            devices=args.world_size,
-            watts=power_limit(device),
-            measured=data.code_carbon_callback is not None,
-        )
 
 
 def power_limit(device: str) -> float | None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from . import batching, stream
-from .card_facts import TrainingCost
 from .contracts import StepContext
 from .deploy import checkpoint
 from .errors import ModelError, PluginError
@@ -21,6 +20,7 @@ from .logged_loss import LoggedLoss
 from .optimizer_trainer import OptimizingTrainer
 from .out_of_memory import OutOfMemory, Room, is_out_of_memory
 from .preparation import Preparation
+from .training_cost import TrainingCost
 
 if TYPE_CHECKING:
     from .choices import BackendChoice

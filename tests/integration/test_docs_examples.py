@@ -241,9 +241,8 @@ def test_the_classification_example(hub_cache: Path, tmp_path: Path) -> None:
     said = run_example("classify.py", hub_cache, tmp_path, "--steps", "6", "--texts", "96")
     assert re.search(r"temperature \d+\.\d{3} from 96 texts: expected calibration error 0\.\d{4} before", said)
     assert re.search(r"96 texts: accuracy 0\.\d{4} \(0\.\d{4} to 0\.\d{4}\), macro_f1 0\.\d{4}", said)
-    (read,) = pipeline("text-classification", model=str(tmp_path / "classifier"), top_k=None, device="cpu")(
-        ["It spread."]
-    )
+    classify: Any = pipeline("text-classification", model=str(tmp_path / "classifier"), top_k=None, device="cpu")
+    (read,) = classify(["It spread."])
     assert len(read) == 14 and abs(sum(one["score"] for one in read) - 1) < 1e-5
     assert "Which tactic is it?" in (tmp_path / "classifier" / "report.html").read_text(encoding="utf-8")
 
