@@ -92,8 +92,8 @@ class Regions:
         tokens = states.shape[:-1].numel()
         kind = self._kind(place, tokens, states, layer, args, kwargs)
         with ExitStack() as stack:
-            if kind != "kept":
-                stack.enter_context(seeded(states))
+            if kind != "kept" or layer.training:
+                stack.enter_context(seeded(states, again=kind != "kept"))
             if kind == "offload":
                 stack.enter_context(self.offload.of(states))
             stack.enter_context(self.activations.watch(kind, tokens, self._parameters))

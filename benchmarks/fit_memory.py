@@ -124,6 +124,11 @@ def _recorded(line: dict[str, Any]) -> Recorded | None:
     return Recorded(line, sizes, setup, tokens, line["peak_gib"] * memory.GIB)
 
 
+WHOLE = ("20261126T094134Z",)
+"""Runs of context.py whose batches went through in one forward. Since then "offload" cuts them, which the plan does not
+count: it says up to 3.2 times what is taken (docs/memory.md)."""
+
+
 def contexts() -> dict[str, float]:
     """The errors of the longest texts of `results/context-*.jsonl`, which are not in the fit: two pairs of each."""
     found = {}
@@ -131,7 +136,7 @@ def contexts() -> dict[str, float]:
     for line in (json.loads(line) for path in places for line in path.read_text(encoding="utf-8").splitlines()):
         if line.get("system") != arms.OURS or line.get("backend") != "fused" or line.get("peak_gib") is None:
             continue
-        if any(line.get(name, plain) != plain for name, plain in PLAIN.items()):
+        if line["run"] not in WHOLE or any(line.get(name, plain) != plain for name, plain in PLAIN.items()):
             continue
         setup = memory.Setup(
             storage="4bit" if line["mode"] == "qlora4" else None, rank=arms.RANK, checkpointing=line["checkpointing"],

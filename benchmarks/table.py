@@ -286,7 +286,7 @@ def results_table(part: str = "goals", results: Sequence[Path] = ()) -> str:
         return markdown(kept_rows(read(results or committed("saved"))), KEPT_HEADINGS)
     if part == "memory":
         return markdown(limit_rows(read(results or committed("grid", "memory")), limits()), LIMIT_HEADINGS)
-    return markdown(rows(read(results or committed("grid", "cpu", "memory")), goals()))
+    return markdown(rows(read(results or committed("grid", "cpu", "memory", "heads")), goals()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

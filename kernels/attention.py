@@ -243,7 +243,7 @@ def flash_packed_attention(
     if bias is None and query.dtype in (torch.float16, torch.bfloat16):
         dense = window is None and query.shape[0] == (cu_seqlens.shape[0] - 1) * max_length
         kernel = _kernel(query, key, max_length, dropout, dense)
-        if dropout > 0.0 and SOURCE.seed is not None and _triton_runs(query.device.index):
+        if dropout > 0.0 and SOURCE.again and _triton_runs(query.device.index):
             kernel = "tiles"  # which alone drops the same again where a layer is computed twice
     elif bias is not None and query.is_cuda and query.dtype != torch.float64 and query.shape[2] <= 256 and HAS_TRITON:
         kernel = "tiles"

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Opaque, so that numbers are drawn once and stored: a compiler would draw them in every place that reads them.
+# Opaque, so that a compiler does not draw in every place that reads the numbers. In a compiled layer it may still be
+# called in forward and backward, hence seeds.
 @torch.library.custom_op("burnish::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def draw(like: Tensor, count: int) -> Tensor:
     """`count` int32 numbers, all 32 bits random, where `like` is."""
@@ -36,24 +37,29 @@ class Source:
 
     Args:
         seed: (2,) int32 that all numbers are made of, or None: they are drawn from torch's generator.
+        again: Whether the whole layer is computed a second time, in the backward.
     """
 
     seed: Tensor | None = None
+    again: bool = False
 
 
 SOURCE = Source()
-"""A layer that is computed again in the backward is given a seed, so that it drops again what it dropped before."""
+"""A compiled layer is given a seed, drawn outside of it: whatever of it is computed again in the backward, by a user's
+wish or by the compiler's, drops again what it dropped before. torch's partitioner takes an operator that it does not
+know for free, and calls it again where not all activations are kept, though it draws (torch 2.11 to 2.13): classifiers
+of MiniLM came to 0.20, 0.81 and 0.84 in place of 0.87 (H100, results/rerank-quality-2026-11-26-h100.jsonl)."""
 
 
 @contextmanager
-def seeded(like: Tensor) -> Iterator[None]:
-    """All numbers of a block from one seed, which is drawn where `like` is."""
-    before = SOURCE.seed
-    SOURCE.seed = draw(like, 2)
+def seeded(like: Tensor, *, again: bool = True) -> Iterator[None]:
+    """All numbers of a block from one seed, which is drawn where `like` is; `again` as in `Source`."""
+    before = SOURCE.seed, SOURCE.again
+    SOURCE.seed, SOURCE.again = draw(like, 2), again
     try:
         yield
     finally:
-        SOURCE.seed = before
+        SOURCE.seed, SOURCE.again = before
 
 
 def numbers(like: Tensor, count: int, place: int) -> Tensor:

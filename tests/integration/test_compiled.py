@@ -10,9 +10,11 @@ import pytest
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from burnish import FastSentenceTransformer, Trainer, TrainingArguments
-from burnish.backends import regions
+from burnish.backends import activations, regions
 from burnish.backends.regions import Regions, fused_adapters, repeated_layers
 from burnish.core.testing.find import sample_config
 from burnish.core.testing.subject import Subject
@@ -103,3 +105,58 @@ def test_a_norm_s_gradient_is_summed_apart_where_inductor_would_stumble(
     with regions._sums_apart():
         assert config.mix_order_reduction is False
     assert config.mix_order_reduction is True
+
+
+@pytest.mark.parametrize("share", [0.7, 0.3])
+def test_what_a_layer_computes_again_drops_what_it_dropped(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No random number is drawn inside a compiled layer, where its backward might draw others; and the gradient along
+    itself is the loss's change at one seed."""
+    graphs: list[str] = []
+
+    def recorded(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    own = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(own, backend=aot_autograd(fw_compiler=recorded)))
+    monkeypatch.setitem(activations.SHARES, "kept", share)
+    config = sample_config("bert")
+    config.hidden_dropout_prob, config.attention_probs_dropout_prob = 0.3, 0.0
+    subject = Subject(config=config, folder=tmp_path / "model", tolerance=1e-5)
+    model: Any = FastSentenceTransformer.from_pretrained(
+        str(subject.repository), dtype="float32", backend="compiled", full_finetuning=True
+    ).train()
+    for module in model.modules():
+        if hasattr(module, "attention_head_size"):
+            module.dropout.p = 0.0
+        elif type(module) is torch.nn.Dropout:
+            module.p = 0.3
+    layers, batch = Regions(model), model.preprocess(TEXTS[:8])
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def loss() -> float:
+        torch.manual_seed(5)
+        model.zero_grad(set_to_none=True)
+        with layers.active():
+            found = model(dict(batch))["sentence_embedding"]
+            value = torch.nn.functional.softplus(found @ found.roll(1, 0).T).mean()
+            torch.autograd.backward(value)
+        return float(value.detach())
+
+    loss()
+    grads = [None if weight.grad is None else weight.grad.clone() for weight in weights]
+    length = sum(float(grad.norm()) ** 2 for grad in grads if grad is not None) ** 0.5
+    assert any("burnish.spread" in code for code in graphs), "no dropout was compiled"
+    assert not any("burnish.draw" in code for code in graphs)
+    sides = []
+    for sign in (1.0, -1.0):
+        for turn in (sign, -sign):
+            with torch.no_grad():
+                for weight, grad in zip(weights, grads, strict=True):
+                    if grad is not None:
+                        weight.add_(grad, alpha=turn * 2e-3 / length)
+            if turn == sign:
+                sides.append(loss())
+    assert (sides[0] - sides[1]) / 4e-3 == pytest.approx(length, rel=0.03) and length > 0
