@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from burnish import FastSentenceTransformer, Trainer, TrainingArguments
 from burnish.backends import offload
+from burnish.backends.regions import Regions
 from burnish.core import stream
 from burnish.core.testing.backends import model_types
 from burnish.core.testing.find import sample_config
@@ -199,6 +200,47 @@ def test_a_layer_computed_again_drops_the_same_again(model_type: str, option: st
                 if grad is not None:
                     weight.add_(grad, alpha=-sign * 2e-3 / length)
     assert (sides[0] - sides[1]) / 4e-3 == pytest.approx(length, rel=0.03)
+
+
+def test_under_bfloat16_kept_layers_drop_in_the_backward_what_they_dropped(tmp_path: Path) -> None:
+    """MiniLM's widths, where torch's partitioner calls attention's operator again in the backward (decision 0017)."""
+    config = sample_config("bert")
+    config.hidden_size, config.num_attention_heads, config.intermediate_size = 384, 12, 1536
+    subject = Subject(config=config, folder=tmp_path / "model", tolerance=1e-5)
+    model: Any = FastSentenceTransformer.from_pretrained(
+        str(subject.repository), dtype="float32", backend="fused", full_finetuning=True
+    ).train()
+    for module in model.modules():
+        if type(module) is torch.nn.Dropout:
+            module.p = 0.1
+    layers, weights = Regions(model), [weight for weight in model.parameters() if weight.requires_grad]
+    collate = Streams(model, few_shapes=True)
+    batch = {name: value.cuda() if torch.is_tensor(value) else value
+             for name, value in collate([{"row": row} for row in range(32)]).items()}  # fmt: skip
+
+    def loss() -> float:
+        torch.manual_seed(5)
+        model.zero_grad(set_to_none=True)
+        with layers.active(), torch.autocast("cuda", dtype=torch.bfloat16):
+            found = model(stream.model_inputs(batch))["sentence_embedding"][:64].float()
+            value = torch.nn.functional.softplus(found @ found.roll(1, 0).T / 20).mean()
+        with layers.active():
+            torch.autograd.backward(value)
+        return float(value.detach())
+
+    loss()
+    grads = [None if weight.grad is None else weight.grad.clone() for weight in weights]
+    length = sum(float(grad.norm()) ** 2 for grad in grads if grad is not None) ** 0.5
+    sides = []
+    for sign in (1.0, -1.0):
+        for turn in (sign, -sign):
+            with torch.no_grad():
+                for weight, grad in zip(weights, grads, strict=True):
+                    if grad is not None:
+                        weight.add_(grad, alpha=turn * 5e-2 / length)
+            if turn == sign:
+                sides.append(loss())
+    assert (sides[0] - sides[1]) / 0.1 == pytest.approx(length, rel=0.1) and length > 0
 
 
 class Waits(MultipleNegativesRankingLoss):
