@@ -365,7 +365,11 @@ def test_export_merges_an_adapter(trained: RunResult, tmp_path: Path, cli: Cli, 
     ("arguments", "code", "message"),
     [
         (("adapter", "--target", "mergd"), 2, "--target: no enabled plugin exports to 'mergd'. Did you mean 'merged'?"),
-        (("adapter", "--target", "zzz"), 2, "--target: no enabled plugin exports to 'zzz'. Known: merged"),
+        (
+            ("adapter", "--target", "zzz"),
+            2,
+            "--target: no enabled plugin exports to 'zzz'. Known: fastembed, int8, matryoshka, merged, onnx, openvino, transformers-js",
+        ),
         (("adapter", "--option", "dtype=8bit"), 2, "--option: dtype=8bit is not understood. The target merged takes"),
         (("adapter", "--option", "quality=1"), 2, "--option: quality=1 is not understood."),
         (("merged",), 4, "merged: holds no adapter to merge. Pass an adapter folder"),
