@@ -68,21 +68,24 @@ PAIRS = (
 _WORDS = ("planet", "river", "music", "seven", "garden", "theory", "market", "ocean", "winter", "engine", "paper")
 
 
-def long_text(tokens: int | None) -> str:
-    """A text of more words than `tokens`, up to `LONGEST` of them."""
+def long_text(tokens: int | None, room: int | None = None) -> str:
+    """A text of more words than `tokens`, up to `LONGEST` of them; of a model that cuts texts to more tokens than the
+    `room` of its positions, and fails on them, a text that surely fits: a word is ten tokens at the most."""
     count = min(LONGEST, tokens + tokens // 4 + 8) if tokens else LONGEST
+    if room is not None and (tokens is None or tokens > room):
+        count = max(1, room // 10)
     return " ".join(_WORDS[(place * 7 + place * place // 5) % len(_WORDS)] for place in range(count))
 
 
-def texts_for(longest: int | None, prompts: Mapping[str, str]) -> list[tuple[str, str]]:
+def texts_for(longest: int | None, prompts: Mapping[str, str], room: int | None = None) -> list[tuple[str, str]]:
     """(text, name of its prompt or "") of everything a model of embeddings is asked."""
-    plain = [(text, "") for text in (*TEXTS, long_text(longest))]
+    plain = [(text, "") for text in (*TEXTS, long_text(longest, room))]
     return plain + [(text, name) for name, prompt in sorted(prompts.items()) if prompt for text in TEXTS[4:6]]
 
 
-def pairs_for(longest: int | None) -> list[tuple[str, str]]:
+def pairs_for(longest: int | None, room: int | None = None) -> list[tuple[str, str]]:
     """The pairs that a reranker is asked, one of them longer than it takes."""
-    return [*PAIRS, ("planet music", long_text(longest))]
+    return [*PAIRS, ("planet music", long_text(longest, room))]
 
 
 def write_golden(model: Any, folder: Path, *, rounded: str | None = None) -> str | None:
@@ -128,13 +131,14 @@ def _asked(model: Any) -> dict[str, Any]:
 
     longest = model.max_seq_length
     longest = int(longest) if longest is not None and longest < 10**9 else None
+    room = _room(model)
     common = {"schema": SCHEMA, "dtype": "float32"}
     if isinstance(model, CrossEncoder):
-        pairs = pairs_for(longest)
+        pairs = pairs_for(longest, room)
         scores = model.predict(pairs, batch_size=BATCH, activation_fn=nn.Identity(), show_progress_bar=False)
         ids = [_token_ids(model, pair) for pair in pairs]
         return {**common, "kind": "scores", "inputs": pairs, "token_ids": ids, "outputs": np.asarray(scores)}
-    asked = texts_for(longest, model.prompts)
+    asked = texts_for(longest, model.prompts, room)
     vectors = embed(model, asked)
     prompts = [name or None for _, name in asked]
     texts = [model.prompts.get(name, "") + text for text, name in asked]
@@ -142,6 +146,15 @@ def _asked(model: Any) -> dict[str, Any]:
         **common, "kind": "embeddings", "inputs": [text for text, _ in asked], "prompts": prompts, "texts": texts,
         "token_ids": [_token_ids(model, text) for text in texts], "outputs": vectors,
     }  # fmt: skip
+
+
+def _room(model: Any) -> int | None:
+    """The tokens that a model has positions for; None where its config names no number, or it has no transformer."""
+    first = model[0]
+    positions = getattr(getattr(first, "config", None), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    return int(positions - first._infer_flatten_position_offset())
 
 
 def embed(model: Any, asked: Sequence[tuple[str, str]]) -> NDArray[Any]:
