@@ -77,9 +77,10 @@ def test_losses_and_weights_are_those_of_tokenising_batch_by_batch(
         return flatten(*args, **keywords)
 
     monkeypatch.setattr(stream, "flatten", counted)
+    monkeypatch.setenv("BURNISH_CACHE", str(tmp_path / "cache"))  # whatever ran before in this process
     ours, theirs = load(folder), load(folder)
     found, trainer = run(ours, data, loss(ours), tmp_path)
-    assert streams and (trainer.tokenise_seconds > 0) == (name in ("in-batch negatives", "hard negatives"))
+    assert streams and trainer.tokenise_seconds > 0
     columns = len([column for column in data if column != "score"])
     checked = columns  # the first row, before the run, against Sentence Transformers' collator
     if name == "cached":  # 4 texts of 24 tokens at most: two or three chunks a batch, beside the batch itself
