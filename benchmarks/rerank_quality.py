@@ -29,6 +29,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -110,8 +111,8 @@ def timed(trainer: Any) -> Line:
     }
 
 
-def rerank(system: str, recipe: Recipe, seed: int, data: Path, weights: Path, device: str) -> Line:
-    """Train and measure a reranker."""
+def rerank(system: str, recipe: Recipe, seed: int, data: Path, weights: Path, device: str, backend: str) -> Line:
+    """Train and measure a reranker; `backend` is Burnish's."""
     import torch
     from sentence_transformers import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
@@ -127,7 +128,7 @@ def rerank(system: str, recipe: Recipe, seed: int, data: Path, weights: Path, de
     if system == "burnish":
         model = burnish.FastCrossEncoder.from_pretrained(
             str(weights), full_finetuning=True, num_labels=1, max_seq_length=recipe.length, random_state=seed,
-            device=device,
+            device=device, backend=backend,
         )  # fmt: skip
     else:
         torch.manual_seed(seed)
@@ -156,8 +157,8 @@ def rerank(system: str, recipe: Recipe, seed: int, data: Path, weights: Path, de
     }
 
 
-def classify(system: str, recipe: Recipe, seed: int, data: Path, weights: Path, device: str) -> Line:
-    """Train and measure a classifier."""
+def classify(system: str, recipe: Recipe, seed: int, data: Path, weights: Path, device: str, backend: str) -> Line:
+    """Train and measure a classifier; `backend` is Burnish's."""
     import numpy as np
     from scipy.special import softmax  # type: ignore[import-untyped]
 
@@ -169,7 +170,7 @@ def classify(system: str, recipe: Recipe, seed: int, data: Path, weights: Path, 
     test = load_classes(data / "test.jsonl.gz", labels=names)
     train = train.select(range(min(len(train), recipe.texts or len(train))))
     test = test.select(range(min(len(test), recipe.test or len(test))))
-    run = _ours if system == "burnish" else _transformers
+    run = partial(_ours, backend) if system == "burnish" else _transformers
     found, logits = run(recipe, seed, weights, device, names, train, test)
     result = measure(test["label"], softmax(np.asarray(logits, np.float64), axis=1), names)
     return {
@@ -182,13 +183,14 @@ def classify(system: str, recipe: Recipe, seed: int, data: Path, weights: Path, 
 
 
 def _ours(
-    recipe: Recipe, seed: int, weights: Path, device: str, names: list[str], train: Any, test: Any
+    backend: str, recipe: Recipe, seed: int, weights: Path, device: str, names: list[str], train: Any, test: Any
 ) -> tuple[Line, Any]:
     import burnish
 
     model = burnish.FastClassifier.from_pretrained(
-        str(weights), labels=names, full_finetuning=True, max_seq_length=recipe.length, random_state=seed, device=device
-    )
+        str(weights), labels=names, full_finetuning=True, max_seq_length=recipe.length, random_state=seed,
+        device=device, backend=backend,
+    )  # fmt: skip
     head = first_head(model.transformers_model)
     with tempfile.TemporaryDirectory() as folder:
         given: Any = burnish.CrossEncoderTrainingArguments(**arguments(recipe, seed, folder, cuda=device == "cuda"))
@@ -253,7 +255,7 @@ def run(options: argparse.Namespace, recipe: Recipe) -> Line:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = (rerank if options.task == "rerank" else classify)(
-        options.system, recipe, options.seed, options.data, options.model, device
+        options.system, recipe, options.seed, options.data, options.model, device, options.backend
     )
     seen = min(found["steps"] * recipe.batch, round(found["rows"] * recipe.epochs))
     found["rows_per_second"] = round(seen / found["train_seconds"], 2)
@@ -261,6 +263,7 @@ def run(options: argparse.Namespace, recipe: Recipe) -> Line:
         "benchmark": "rerank-quality",
         "task": options.task,
         "system": options.system,
+        "backend": options.backend if options.system == "burnish" else None,
         "seed": options.seed,
         "recipe": {name: getattr(recipe, name) for name in Recipe.__slots__},
         "precision": "bfloat16 autocast" if device == "cuda" else "float32",

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from burnish.core.errors import PluginError
+
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "benchmarks" / "rerank_quality.py"
 FEW = ["--test", "3", "--batch", "8", "--max-steps", "2", "--device", "cpu"]
@@ -48,6 +50,16 @@ def test_both_systems_start_from_the_same_head_and_write_a_line(
         assert line["metrics"].keys() == set(benchmark.METRICS[task]) and line["precision"] == "float32"
         assert line["commit"] and line["versions"]["torch"] and line["device"] == "cpu"
     assert benchmark.table([theirs, ours, other]).count("burnish") == 4
+
+
+@pytest.mark.parametrize("task", ["rerank", "classify"])
+def test_the_backend_that_is_named_is_asked_for(
+    task: str, benchmark: ModuleType, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--task", task, "--system", "burnish", "--model", str(tiny_bert), "--out", str(tmp_path / "results.jsonl")]
+    monkeypatch.setattr(sys, "argv", [str(SOURCE), *given, *FEW, "--queries", "8", "--backend", "nowhere"])
+    with pytest.raises(PluginError, match="no enabled plugin has a backend 'nowhere'"):
+        benchmark.main()
 
 
 def line(system: str, seed: int, ndcg: float, **changed: Any) -> dict[str, Any]:
