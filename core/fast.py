@@ -164,21 +164,11 @@ class FastSentenceTransformer:
             ConfigError: If a target names no module, or PEFT refuses a setting.
             ModelError: If the model cannot take an adapter.
         """
-        lora = {
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "bias": bias,
-            "use_rslora": use_rslora,
-            "use_dora": use_dora,
-            "layers_to_transform": layers_to_transform,
-            "init_lora_weights": init_lora_weights,
-            "loftq_config": dict(loftq_config) if loftq_config else None,
-            "layers_pattern": layers_pattern,
-            "task_type": task_type,
-        }
         return adapt(
-            model, lora, target_modules=target_modules, modules_to_save=modules_to_save, max_seq_length=max_seq_length,
+            model, r=r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=lora_dropout, bias=bias,
+            use_rslora=use_rslora, use_dora=use_dora, modules_to_save=modules_to_save,
+            layers_to_transform=layers_to_transform, init_lora_weights=init_lora_weights, loftq_config=loftq_config,
+            layers_pattern=layers_pattern, max_seq_length=max_seq_length, task_type=task_type,
             use_gradient_checkpointing=use_gradient_checkpointing, random_state=random_state,
         )  # fmt: skip
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from .classifier import Classifier, head_settings
-from .errors import ConfigError
-from .fast_common import KEEP, load
+from .fast_common import in_float32, load
 from .fast_cross_encoder import FastCrossEncoder
 from .loading import CLASSIFY
 from .options import EmbeddingStorage
@@ -20,7 +19,10 @@ Problem = Literal["single_label_classification", "multi_label_classification", "
 
 
 class FastClassifier(FastCrossEncoder):
-    """Load a classifier for training. `FastClassifier(name, …)` is `from_pretrained(name, …)`."""
+    """Load a classifier for training. `FastClassifier(name, …)` is `from_pretrained(name, …)`.
+
+    `get_peft_model` is `FastCrossEncoder`'s.
+    """
 
     def __new__(cls, *args: Any, **keywords: Any) -> Classifier:  # type: ignore[misc]
         return cls.from_pretrained(*args, **keywords)
@@ -87,12 +89,6 @@ class FastClassifier(FastCrossEncoder):
             PluginError: If a plugin that is needed is missing, broken or in conflict.
         """
         head_settings(labels, num_labels, problem_type)  # before anything is read
-        if keep_in_fp32_modules is not None and not hasattr(Classifier, "set_keep_in_fp32_modules"):
-            fix = "Install sentence-transformers 6.2 or newer, or drop it"
-            raise ConfigError("this Sentence Transformers has no such thing", where="keep_in_fp32_modules", fix=fix)
-        fp32: dict[str, Any] = (
-            {} if keep_in_fp32_modules is None else {"keep_in_fp32_modules": list(keep_in_fp32_modules)}
-        )
         return load(
             Classifier, model_name, max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, full_finetuning=full_finetuning,
@@ -104,35 +100,5 @@ class FastClassifier(FastCrossEncoder):
             model_card_data=model_card_data, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs,
             config_kwargs=config_kwargs, plugins=plugins, packed=packed, random_state=random_state,
             tokenizer_kwargs=tokenizer_kwargs, cache_dir=cache_dir, labels=labels, num_labels=num_labels,
-            problem_type=problem_type, **fp32,
-        )  # fmt: skip
-
-    @staticmethod
-    def get_peft_model(  # type: ignore[override]
-        model: Classifier,
-        r: int = 16,
-        lora_alpha: float = 16,
-        target_modules: Sequence[str] | str | None = None,
-        lora_dropout: float = 0.0,
-        bias: str = "none",
-        use_rslora: bool = False,
-        use_dora: bool = False,
-        modules_to_save: Sequence[str] | None = None,
-        layers_to_transform: int | Sequence[int] | None = None,
-        init_lora_weights: bool | str = True,
-        loftq_config: Mapping[str, Any] | None = None,
-        layers_pattern: str | Sequence[str] | None = None,
-        max_seq_length: int | None = None,
-        task_type: str | None = None,
-        use_gradient_checkpointing: bool | str = KEEP,
-        random_state: int = 3407,
-    ) -> Classifier:
-        """Put a LoRA adapter on the model, in place; returns the same model. See `FastCrossEncoder.get_peft_model`."""
-        return cast(
-            Classifier,
-            FastCrossEncoder.get_peft_model(
-                model, r, lora_alpha, target_modules, lora_dropout, bias, use_rslora, use_dora, modules_to_save,
-                layers_to_transform, init_lora_weights, loftq_config, layers_pattern, max_seq_length, task_type,
-                use_gradient_checkpointing, random_state,
-            ),
+            problem_type=problem_type, **in_float32(Classifier, keep_in_fp32_modules),
         )  # fmt: skip

@@ -119,26 +119,42 @@ def load(
         )
 
 
+def in_float32(kind: type[Any], names: Sequence[str] | None) -> dict[str, Any]:
+    """`keep_in_fp32_modules` as an argument of a cross-encoder's class; nothing where it was left out.
+
+    Raises:
+        ConfigError: If the installed Sentence Transformers has no such thing.
+    """
+    if names is None:
+        return {}
+    if not hasattr(kind, "set_keep_in_fp32_modules"):
+        fix = "Install sentence-transformers 6.2 or newer, or drop it"
+        raise ConfigError("this Sentence Transformers has no such thing", where="keep_in_fp32_modules", fix=fix)
+    return {"keep_in_fp32_modules": list(names)}
+
+
 def adapt(
     model: Model,
-    lora: dict[str, Any],
     *,
     target_modules: Sequence[str] | str | None,
     modules_to_save: Sequence[str] | None,
     max_seq_length: int | None,
     use_gradient_checkpointing: bool | str,
     random_state: int,
+    loftq_config: Mapping[str, Any] | None,
+    **lora: Any,
 ) -> Model:
     """Put a LoRA adapter on a model, in place, and say on stderr what trains; returns the same model.
 
     Args:
         model: From `load`, loaded neither for full fine-tuning nor for inference.
-        lora: What goes to PEFT as it is.
         target_modules: The layers to adapt; None is the family's list.
         modules_to_save: Modules that train in full; None is what this kind of model needs.
         max_seq_length: Longest text in tokens; None keeps it.
         use_gradient_checkpointing: As in `from_pretrained`; `KEEP` leaves it.
         random_state: Seed of the adapter's first weights.
+        loftq_config: For `init_lora_weights="loftq"`.
+        **lora: What goes to PEFT as it is; None leaves it to PEFT.
 
     Raises:
         ConfigError: If a target names no module, or PEFT refuses a setting.
@@ -154,6 +170,7 @@ def adapt(
     inside, kept = model.saved_modules(modules_to_save)
     check_untouched(transformer, inside, "modules_to_save")
     check_untouched(transformer, target_modules or (), "target_modules")
+    lora |= {"loftq_config": dict(loftq_config) if loftq_config else None}
     lora = {"task_type": model.peft_task, **{key: value for key, value in lora.items() if value is not None}}
     lora["modules_to_save"] = inside or None
     family = model.burnish.decision.family.family

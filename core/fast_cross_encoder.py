@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .cross_encoder import CrossEncoder
 from .errors import ConfigError
-from .fast_common import KEEP, adapt, load
+from .fast_common import KEEP, adapt, in_float32, load
 from .options import EmbeddingStorage
 
 if TYPE_CHECKING:
     import torch
+
+Model = TypeVar("Model", bound=CrossEncoder)
 
 
 class FastCrossEncoder:
@@ -118,10 +120,6 @@ class FastCrossEncoder:
                 raise ConfigError("a cross-encoder gives scores, not embeddings", where=name, fix="Drop it")
         if num_labels is not None and num_labels < 1:
             raise ConfigError(f"{num_labels} labels are none", where="num_labels", fix="Pass 1 or more")
-        if keep_in_fp32_modules is not None and not hasattr(CrossEncoder, "set_keep_in_fp32_modules"):
-            fix = "Install sentence-transformers 6.2 or newer, or drop it"
-            raise ConfigError("this Sentence Transformers has no such thing", where="keep_in_fp32_modules", fix=fix)
-        fp32 = {} if keep_in_fp32_modules is None else {"keep_in_fp32_modules": list(keep_in_fp32_modules)}
         return load(
             CrossEncoder, model_name, max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, full_finetuning=full_finetuning,
@@ -133,12 +131,12 @@ class FastCrossEncoder:
             model_card_data=model_card_data, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs,
             config_kwargs=config_kwargs, plugins=plugins, packed=packed, random_state=random_state,
             tokenizer_kwargs=tokenizer_kwargs, cache_dir=cache_dir, num_labels=num_labels,
-            activation_fn=activation_fn, **fp32,
+            activation_fn=activation_fn, **in_float32(CrossEncoder, keep_in_fp32_modules),
         )  # fmt: skip
 
     @staticmethod
     def get_peft_model(
-        model: CrossEncoder,
+        model: Model,
         r: int = 16,
         lora_alpha: float = 16,
         target_modules: Sequence[str] | str | None = None,
@@ -155,7 +153,7 @@ class FastCrossEncoder:
         task_type: str | None = None,
         use_gradient_checkpointing: bool | str = KEEP,
         random_state: int = 3407,
-    ) -> CrossEncoder:
+    ) -> Model:
         """Put a LoRA adapter (Hu et al. 2021) on the model, in place; returns the same model.
 
         Args:
@@ -183,20 +181,10 @@ class FastCrossEncoder:
             ConfigError: If a target names no module, a fresh head would be left out, or PEFT refuses a setting.
             ModelError: If the model cannot take an adapter.
         """
-        lora = {
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "bias": bias,
-            "use_rslora": use_rslora,
-            "use_dora": use_dora,
-            "layers_to_transform": layers_to_transform,
-            "init_lora_weights": init_lora_weights,
-            "loftq_config": dict(loftq_config) if loftq_config else None,
-            "layers_pattern": layers_pattern,
-            "task_type": task_type,
-        }
         return adapt(
-            model, lora, target_modules=target_modules, modules_to_save=modules_to_save, max_seq_length=max_seq_length,
+            model, r=r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=lora_dropout, bias=bias,
+            use_rslora=use_rslora, use_dora=use_dora, modules_to_save=modules_to_save,
+            layers_to_transform=layers_to_transform, init_lora_weights=init_lora_weights, loftq_config=loftq_config,
+            layers_pattern=layers_pattern, max_seq_length=max_seq_length, task_type=task_type,
             use_gradient_checkpointing=use_gradient_checkpointing, random_state=random_state,
         )  # fmt: skip
