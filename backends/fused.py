@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.contracts import BackendSpec, Needs, Step, StepContext
 from ..core.hookspecs import hookimpl
-from .graphs import GRAPHS, Gradients, cause, host_random, load
+from .graphs import GRAPHS, Gradients, cause, held, host_random, load, places_of, shapes_of
 from .inner_graphs import InnerGraphs
 from .regions import regions_of
 
@@ -91,13 +91,8 @@ class FusedStep:
 
     def _key(self, batch: Mapping[str, Any], items: Any) -> Hashable:
         """What a captured step must find unchanged: shapes, constants, and where the weights lie."""
-        shapes = tuple(
-            (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, value)
-            for name, value in batch.items()
-        )
-        weights = hash(tuple((weight.data_ptr(), weight.requires_grad) for weight in self._parameters))
         constant = None if isinstance(items, Tensor) else items
-        return shapes, constant, self.context.constants(), weights
+        return shapes_of(batch), constant, self.context.constants(), places_of(self._parameters)
 
     def _without(self, model: nn.Module, batch: Mapping[str, Any], items: Any, reason: str) -> Tensor:
         self.counts[reason] += 1
@@ -119,7 +114,7 @@ class FusedStep:
     def _capture(self, key: Hashable, model: nn.Module, batch: Mapping[str, Any], items: Any) -> Graph | None:
         started = time.perf_counter()
         trained = self._warmed[key]
-        inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        inputs = held(batch)
         graph = torch.cuda.CUDAGraph()
         try:
             # The loader's thread pins memory meanwhile, which only this mode of capture allows.
@@ -178,8 +173,7 @@ def burnish_register_backends() -> Iterable[BackendSpec]:
     return [
         BackendSpec(
             name="fused", summary="one CUDA graph a step, layers compiled, LoRA without its traffic",
-            # By name only for heads: of three seeds of MiniLM a classifier came to 0.20, 0.81 and 0.84, not 0.87
-            # (H100, results/rerank-quality-2026-11-26-h100.jsonl).
+            # By name only for heads until results/rerank-quality has been repeated on a GPU (decision 0017).
             build_step=build_step, priority=20, few_shapes=True, heads=False,
             needs=Needs(devices=("cuda",), compute_capability=(7, 0), packages=("triton",)),
         )

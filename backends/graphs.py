@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,7 +89,25 @@ class Gradients:
         self.pool = None
 
 
-def load(inputs: dict[str, Any], batch: Any) -> None:
+def shapes_of(batch: Mapping[str, Any]) -> Hashable:
+    """What a captured step must find unchanged in a batch: each tensor's shape and dtype, and whatever is no tensor."""
+    return tuple(
+        (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, value)
+        for name, value in batch.items()
+    )
+
+
+def places_of(weights: Iterable[nn.Parameter]) -> int:
+    """A hash of where weights lie, and which of them train."""
+    return hash(tuple((weight.data_ptr(), weight.requires_grad) for weight in weights))
+
+
+def held(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch whose tensors a graph can read in every replay: copies, for `load` to write to."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def load(inputs: dict[str, Any], batch: Mapping[str, Any]) -> None:
     """Copy a batch's tensors to where a graph reads them."""
     for name, value in inputs.items():
         if isinstance(value, Tensor):

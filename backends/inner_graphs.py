@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.contracts import Inner
-from .graphs import GRAPHS, Gradients, cause, host_random, load
+from .graphs import GRAPHS, Gradients, cause, held, host_random, load, places_of, shapes_of
 
 Run = Callable[[Mapping[str, Any]], Tensor]
 
@@ -121,13 +121,8 @@ class InnerGraphs:
 
     def _key(self, inputs: Mapping[str, Any]) -> Hashable:
         """What captured halves must find unchanged: shapes, precision, and where the weights lie."""
-        shapes = tuple(
-            (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, value)
-            for name, value in inputs.items()
-        )
-        weights = hash(tuple((weight.data_ptr(), weight.requires_grad) for weight in self._weights))
         cast_to = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        return shapes, weights, cast_to, self.model.training
+        return shapes_of(inputs), places_of(self._weights), cast_to, self.model.training
 
     def _warm(self, key: Hashable, inputs: Mapping[str, Any]) -> Tensor:
         """A shape's first forward; its backward, before the step ends, shows which weights get gradients."""
@@ -144,14 +139,14 @@ class InnerGraphs:
     def _capture(self, key: Hashable, inputs: Mapping[str, Any]) -> bool:
         started = time.perf_counter()
         trained = self._warmed[key]
-        held = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        own = held(inputs)
         halves = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._enter()
         try:
             with self.gradients.in_place(trained) as pool:
                 # The loader's thread pins memory meanwhile, which only this mode of capture allows.
                 with _own_casts(), torch.cuda.graph(halves[0], pool=pool, capture_error_mode="thread_local"):
-                    scores = self._plain(held)
+                    scores = self._plain(own)
                 gradient = torch.zeros_like(scores)
                 with torch.cuda.graph(halves[1], pool=pool, capture_error_mode="thread_local"):
                     torch.autograd.backward(scores, gradient)
@@ -161,7 +156,7 @@ class InnerGraphs:
             return False
         while len(self._graphs) >= GRAPHS:
             self._graphs.popitem(last=False)
-        self._graphs[key] = Halves(*halves, held, scores.detach(), gradient, trained)
+        self._graphs[key] = Halves(*halves, own, scores.detach(), gradient, trained)
         self.counts["captured"] += 1
         self.capture_seconds += time.perf_counter() - started
         return True
