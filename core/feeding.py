@@ -133,21 +133,39 @@ class Feed:
         """One line on what was tokenised, and where it is."""
         if self.is_streamed:
             return f"texts are streamed: tokenised {AHEAD:,} rows ahead, kept nowhere"
-        how = f"tokenised in {self.seconds:.1f} s into" if self.seconds else "found tokenised in"
-        return f"{self.texts:,} texts, {self.tokens:,} tokens, {how} {self.folder} (ready in {self.spent:.1f} s)"
+        return f"{self.texts:,} texts, {self.tokens:,} tokens, {said_of_store(self.seconds, self.folder, self.spent)}"
 
     def loader(self, stock: DataLoader[Any]) -> DataLoader[Any]:
         """A loader of these rows, in the order and with the workers of Sentence Transformers' own."""
-        settings: dict[str, Any] = {
-            "collate_fn": self.collator,
-            "num_workers": stock.num_workers,
-            "pin_memory": stock.pin_memory,
-            "persistent_workers": stock.persistent_workers,
-            "prefetch_factor": stock.prefetch_factor,
-        }
         if isinstance(self.rows, StreamedRows):
-            return DataLoader(self.rows, batch_size=stock.batch_size, drop_last=stock.drop_last, **settings)
-        return DataLoader(self.rows, batch_sampler=stock.batch_sampler, **settings)
+            settings = worker_settings(stock)
+            return DataLoader(
+                self.rows, batch_size=stock.batch_size, drop_last=stock.drop_last, collate_fn=self.collator, **settings
+            )
+        return loader_like(stock, self.rows, self.collator)
+
+
+def worker_settings(stock: DataLoader[Any]) -> dict[str, Any]:
+    """How many processes a loader has, and how they hand batches over."""
+    names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+    return {name: getattr(stock, name) for name in names}
+
+
+def loader_like(stock: DataLoader[Any], rows: Any, collator: Any) -> DataLoader[Any]:
+    """A loader of other rows in the order and with the workers of Sentence Transformers' own."""
+    return DataLoader(rows, batch_sampler=stock.batch_sampler, collate_fn=collator, **worker_settings(stock))
+
+
+def said_of_store(seconds: float, folder: str, spent: float) -> str:
+    """The end of the line on what was tokenised: how long that took, where the tokens are, when all was ready."""
+    how = f"tokenised in {seconds:.1f} s into" if seconds else "found tokenised in"
+    return f"{how} {folder} (ready in {spent:.1f} s)"
+
+
+def name_of(dataset: Any) -> str | None:
+    """What Sentence Transformers calls a data set among several, which it has a transform add to each row."""
+    transform = dataset.format["format_kwargs"].get("transform")
+    return None if transform is None else transform.keywords.get("dataset_name")
 
 
 def feed(
@@ -228,8 +246,7 @@ def _streamed_part(dataset: Any, stock: Any, recipes: _Recipes) -> Part:
 
 
 def _stored_part(dataset: Any, stock: Any, recipes: _Recipes, place: Any, say: Callable[[str], None]) -> Part:
-    transform = dataset.format["format_kwargs"].get("transform")
-    name = None if transform is None else transform.keywords.get("dataset_name")
+    name = name_of(dataset)
     how = recipes.of(text_columns(dataset, stock), stock, name)
     columns = {column: token_column(dataset, column, recipe, place, say) for column, recipe in how.items()}
     label = label_column(dataset, stock)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from .feeding import format_refusal, text_columns
+from .feeding import format_refusal, loader_like, name_of, said_of_store, text_columns
 from .pair_tokens import PairRecipe, TextRecipe, TokenisedText
 from .token_store import TokenColumn, list_bounds, store_folder, token_column
 from .tokenising import Recipe, why_not
@@ -59,7 +59,7 @@ def refusal(recipe: PairRecipe, dataset: Any, collator: Any) -> str | None:
         if reason := format_refusal(part):
             return reason
         names = text_columns(part, collator)
-        if len(names) > 1 and hasattr(part.features[names[0]], "feature"):
+        if len(names) > 1 and _holds_lists(part, names[0]):
             return f"column {names[0]}, whose texts come first in pairs, holds lists"
         for name in names:
             feature = part.features[name]
@@ -173,17 +173,12 @@ class PairFeed:
 
     def said(self) -> str:
         """One line on what was tokenised, and where it is."""
-        how = f"tokenised in {self.seconds:.1f} s into" if self.seconds else "found tokenised in"
         what = "texts" if self.whole is None else f"pairs, tokenised whole since {self.whole}"
-        return f"{self.texts:,} {what}: {self.tokens:,} tokens, {how} {self.folder} (ready in {self.spent:.1f} s)"
+        return f"{self.texts:,} {what}: {self.tokens:,} tokens, {said_of_store(self.seconds, self.folder, self.spent)}"
 
     def loader(self, stock: DataLoader[Any]) -> DataLoader[Any]:
         """A loader of these rows, in the order and with the workers of Sentence Transformers' own."""
-        return DataLoader(
-            self.rows, batch_sampler=stock.batch_sampler, collate_fn=self.collator, num_workers=stock.num_workers,
-            pin_memory=stock.pin_memory, persistent_workers=stock.persistent_workers,
-            prefetch_factor=stock.prefetch_factor,
-        )  # fmt: skip
+        return loader_like(stock, self.rows, self.collator)
 
 
 def feed(recipe: PairRecipe, dataset: Any, stock: Any, *, folder: str | None, say: Callable[[str], None]) -> PairFeed:
@@ -220,8 +215,7 @@ def _fed(recipe: PairRecipe, dataset: Any, stock: Any, folder: str | None, say: 
     recipes = {"": recipe.plain}
     columns = []
     for part in parts:
-        transform = part.format["format_kwargs"].get("transform")
-        name = None if transform is None else transform.keywords.get("dataset_name")
+        name = name_of(part)
         prompt = stock._resolve_scalar(stock.prompts, {} if name is None else {"dataset_name": name}) or ""
         names = text_columns(part, stock)
         if whole is not None:
@@ -246,12 +240,12 @@ def _wholes(part: Any, names: Sequence[str], recipe: WholeRecipe, place: Any, sa
     """A data set's columns of pairs: each text with the first column's; a column alone is one of texts."""
     first, *others = names
     if not others:
-        bounds = list_bounds(part, first) if hasattr(part.features[first], "feature") else None
+        bounds = _bounds(part, first)
         tokens = token_column(part, first, Recipe(recipe.model, recipe.prompt), place, say)
         return {first: TextColumn(tokens=tokens, prompt=recipe.prompt, bounds=bounds, first="")}
     found = {}
     for name in others:
-        bounds = list_bounds(part, name) if hasattr(part.features[name], "feature") else None
+        bounds = _bounds(part, name)
         tokens = token_column(PairTexts(part, first, name), name, recipe, place, say)
         found[name] = TextColumn(tokens=tokens, prompt=recipe.prompt, bounds=bounds, first=first)
     return found
@@ -264,7 +258,7 @@ def _columns(
     found = {}
     for number, name in enumerate(names):
         before = "" if number else prompt
-        bounds = list_bounds(part, name) if hasattr(part.features[name], "feature") else None
+        bounds = _bounds(part, name)
         tokens = token_column(part, name, recipes[before], place, say)
         found[name] = TextColumn(tokens=tokens, prompt=before, bounds=bounds)
     return found
@@ -300,6 +294,15 @@ def _settle(made: PairFeed, number: int, recipes: Mapping[str, TextRecipe]) -> s
     if len(names) > 1:
         samples += [(one[0], other[1]) for one, other in zip(samples, reversed(samples), strict=True)]
     return made.recipe.settle(samples, recipes, columns[0].prompt)
+
+
+def _holds_lists(part: Any, name: str) -> bool:
+    return hasattr(part.features[name], "feature")
+
+
+def _bounds(part: Any, name: str) -> NDArray[np.int64] | None:
+    """The first text of each row of a column of lists; None for a column of texts."""
+    return list_bounds(part, name) if _holds_lists(part, name) else None
 
 
 def _spans(bounds: NDArray[np.int64]) -> list[tuple[int, int]]:
