@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy
 import tokenizers
 
 
@@ -26,3 +27,22 @@ def load_tokenizer(folder, longest):
         tokenizer.enable_truncation(longest)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad) or 0, pad_token=pad)
     return tokenizer
+
+
+def graph_answers(request, takes, run):
+    """(outputs, token ids) of a request by a graph.
+
+    `takes` names its inputs. `run` gets them as int64 arrays by name and gives a float array, one row for each input.
+    """
+    tokenizer = load_tokenizer(request["folder"], request["deploy"]["max_seq_length"])
+    outputs, ids = [], []
+    for rows in batches(tokenizer, request["inputs"] if request["kind"] == "scores" else request["texts"]):
+        fed = {
+            "input_ids": [row.ids for row in rows],
+            "attention_mask": [row.attention_mask for row in rows],
+            "token_type_ids": [row.type_ids for row in rows],
+        }
+        fed = {name: numpy.array(value, dtype=numpy.int64) for name, value in fed.items() if name in takes}
+        outputs += run(fed).astype(numpy.float32).tolist()
+        ids += [[one for one, seen in zip(row.ids, row.attention_mask) if seen] for row in rows]  # noqa: B905
+    return outputs, ids

@@ -1,16 +1,15 @@
 """FastEmbed, with the model added as its users add one: it pools the token states and normalises by itself."""
 
-import json
 import sys
 
 import fastembed
+from exchange import answer, asked
 from fastembed.common.model_description import ModelSource, PoolingType
 
 
 def main() -> None:
     """Answer the request in the file that is named first, in the file named second."""
-    with open(sys.argv[1], encoding="utf-8") as file:
-        request = json.load(file)
+    request = asked()
     folder, deploy = request["folder"], request["deploy"]
     if request["kind"] == "scores":
         from fastembed.rerank.cross_encoder import TextCrossEncoder
@@ -33,9 +32,7 @@ def main() -> None:
         )
         model = fastembed.TextEmbedding("burnish/model", specific_model_path=folder)
         outputs = [row.tolist() for row in model.embed(request["texts"], batch_size=8)]
-    answer = {"versions": {"fastembed": fastembed.__version__}, "outputs": outputs, "token_ids": None}
-    with open(sys.argv[2], "w", encoding="utf-8") as file:
-        json.dump(answer, file)
+    answer([fastembed], outputs)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,25 @@
 """ONNX Runtime and the tokenizers library, without torch: the exported graph pools and normalises by itself."""
 
-import json
 import os
-import sys
 
-import numpy
 import onnxruntime
 import tokenizers
-from encoding import batches, load_tokenizer
+from encoding import graph_answers
+from exchange import answer, asked
 
 
 def main() -> None:
     """Answer the request in the file that is named first, in the file named second."""
-    with open(sys.argv[1], encoding="utf-8") as file:
-        request = json.load(file)
+    request = asked()
     folder, deploy = request["folder"], request["deploy"]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     path = os.path.join(folder, request["variant"] or deploy["runtime_file"])
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    tokenizer = load_tokenizer(folder, deploy["max_seq_length"])
     takes = {one.name for one in session.get_inputs()}
     gives = "logits" if request["kind"] == "scores" else "sentence_embedding"
-    outputs, ids = [], []
-    for rows in batches(tokenizer, request["inputs"] if request["kind"] == "scores" else request["texts"]):
-        fed = {
-            "input_ids": [row.ids for row in rows],
-            "attention_mask": [row.attention_mask for row in rows],
-            "token_type_ids": [row.type_ids for row in rows],
-        }
-        fed = {name: numpy.array(value, dtype=numpy.int64) for name, value in fed.items() if name in takes}
-        outputs += session.run([gives], fed)[0].astype(numpy.float32).tolist()
-        ids += [[one for one, seen in zip(row.ids, row.attention_mask) if seen] for row in rows]  # noqa: B905
-    answer = {
-        "versions": {one.__name__: one.__version__ for one in (onnxruntime, tokenizers)},
-        "outputs": outputs,
-        "token_ids": ids,
-    }
-    with open(sys.argv[2], "w", encoding="utf-8") as file:
-        json.dump(answer, file)
+    outputs, ids = graph_answers(request, takes, lambda fed: session.run([gives], fed)[0])
+    answer([onnxruntime, tokenizers], outputs, ids)
 
 
 if __name__ == "__main__":

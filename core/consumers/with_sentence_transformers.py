@@ -1,17 +1,14 @@
 """Sentence Transformers, 3.4 and newer: prompts by their names, as `encode_query` takes them."""
 
-import json
-import sys
-
 import sentence_transformers
 import torch
 import transformers
+from exchange import answer, asked
 
 
 def main() -> None:
     """Answer the request in the file that is named first, in the file named second."""
-    with open(sys.argv[1], encoding="utf-8") as file:
-        request = json.load(file)
+    request = asked()
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options = {"device": "cpu", "model_kwargs": {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}}
     if request["kind"] == "scores":
@@ -30,13 +27,8 @@ def main() -> None:
         outputs = [model.encode(text, **({"prompt_name": name} if name else {"prompt": ""})) for text, name in rows]
         tokens = getattr(model, "preprocess", model.tokenize)
         ids = [tokens([text])["input_ids"][0].tolist() for text in request["texts"]]
-    answer = {
-        "versions": {one.__name__: one.__version__ for one in (sentence_transformers, transformers, torch)},
-        "outputs": [[float(number) for number in (row if getattr(row, "ndim", 0) else [row])] for row in outputs],
-        "token_ids": ids,
-    }
-    with open(sys.argv[2], "w", encoding="utf-8") as file:
-        json.dump(answer, file)
+    rows = [[float(number) for number in (row if getattr(row, "ndim", 0) else [row])] for row in outputs]
+    answer([sentence_transformers, transformers, torch], rows, ids)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """transformers alone: the model as AutoModel reads it, pooled by hand as `deploy.json` says."""
 
-import json
 import sys
 
 import torch
 import transformers
+from exchange import answer, asked
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -28,8 +28,7 @@ def pooled(states, mask, mode):
 
 def main() -> None:
     """Answer the request in the file that is named first, in the file named second."""
-    with open(sys.argv[1], encoding="utf-8") as file:
-        request = json.load(file)
+    request = asked()
     deploy, folder = request["deploy"], request["folder"]
     scores = request["kind"] == "scores"
     if deploy["dense"]:
@@ -54,13 +53,7 @@ def main() -> None:
             vector = torch.nn.functional.normalize(vector) if deploy["normalize"] else vector
         outputs.append(vector[0].tolist())
         ids.append(batch["input_ids"][0].tolist())
-    answer = {
-        "versions": {one.__name__: one.__version__ for one in (transformers, torch)},
-        "outputs": outputs,
-        "token_ids": ids,
-    }
-    with open(sys.argv[2], "w", encoding="utf-8") as file:
-        json.dump(answer, file)
+    answer([transformers, torch], outputs, ids)
 
 
 if __name__ == "__main__":

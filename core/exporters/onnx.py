@@ -23,7 +23,7 @@ from ..contracts import ExporterSpec, ExportRequest, Needs
 from ..errors import ModelError
 from ..hookspecs import hookimpl
 from ..verifying import Verdict, verify
-from .source import check_options, check_target, describe, read_model, write_around, written
+from .source import check_options, check_target, read_model, write_around, written
 
 # Of each precision, the name that transformers.js looks for.
 FILES = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}
@@ -112,7 +112,7 @@ def build(request: ExportRequest, target: str, wanted: Sequence[str], runtime: s
                 warnings.simplefilter("ignore")  # of numbers that float16 cuts off: measured below
                 _rounded(whole, request.output / FILES[precision], precision)
     facts = {"runtime": "onnxruntime", "runtime_file": FILES["fp32"]}
-    describe(model, request.output, **facts)
+    deploy.write(model, request.output, **facts)
     quality = [_measured(request.output, precision) for precision in ("fp32", *(p for p in wanted if p != "fp32"))]
     if "fp32" not in wanted:
         for left in whole.parent.glob("model.onnx*"):
@@ -186,7 +186,7 @@ def openvino(request: ExportRequest) -> Sequence[Path]:
         file = "openvino/openvino_model.xml"
         half = request.options.get("dtype") == "fp16"
         runtime.save_model(runtime.convert_model(str(graph)), str(request.output / file), compress_to_fp16=half)
-    describe(model, request.output, runtime="openvino", runtime_file=file)
+    deploy.write(model, request.output, runtime="openvino", runtime_file=file)
     verdict = verify(request.output, "openvino", cosine=WORST["fp16"] if half else None)
     if not verdict.good:
         raise ModelError(f"the graph does not compute the model: {verdict.faults[0]}", where="--target openvino")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import deploy
 from ..contracts import ExportRequest, Family
 from ..errors import ConfigError, ModelError
 from ..layout import make_compatible, tokenizer_inputs
@@ -75,11 +74,6 @@ def write_around(model: BaseModel, family: Family, folder: Path) -> None:
     make_compatible(folder, family, tokenizer_inputs(model))
     for weights in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         weights.unlink()
-
-
-def describe(model: Any, folder: Path, **more: Any) -> None:
-    """`deploy.json` and golden vectors for an export; `more` says what it is to be served with."""
-    deploy.write(model, folder, **more)
 
 
 def written(folder: Path) -> list[Path]:

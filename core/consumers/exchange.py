@@ -1,0 +1,21 @@
+"""How a script gets its request and gives its answer; it lies beside them, where Python looks first."""
+
+import json
+import sys
+
+
+def asked():
+    """The request in the file that is named first."""
+    with open(sys.argv[1], encoding="utf-8") as file:
+        return json.load(file)
+
+
+def answer(libraries, outputs, token_ids=None):
+    """Write what was computed, and the versions of the libraries that did it, to the file named second."""
+    said = {
+        "versions": {one.__name__: one.__version__ for one in libraries},
+        "outputs": outputs,
+        "token_ids": token_ids,
+    }
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        json.dump(said, file)
