@@ -156,11 +156,22 @@ def _first_relevant(scores: Tensor, relevant: list[list[int]]) -> list[tuple[int
     return list(zip(ranks.tolist(), first[:, 0].tolist(), strict=True))
 
 
+def ndcg(hits: Sequence[int], relevant: int, k: int) -> float:
+    """Normalised discounted cumulative gain (Järvelin & Kekäläinen 2002) of documents that are relevant or not.
+
+    Args:
+        hits: Ranks, from 1 to at most `k`, of those that are.
+        relevant: How many there are.
+        k: The depth.
+    """
+    ideal = sum(1 / np.log2(place + 1) for place in range(1, min(k, relevant) + 1))
+    return float(sum(1 / np.log2(place + 1) for place in hits) / ideal)
+
+
 def _judge(top: Sequence[tuple[str, float]], relevant: set[str], k: int, rank: int, best: str) -> QueryResult:
     hits = [place for place, (document, _) in enumerate(top, start=1) if document in relevant]
-    ideal = sum(1 / np.log2(place + 1) for place in range(1, min(k, len(relevant)) + 1))
     return QueryResult(
-        ndcg=float(sum(1 / np.log2(place + 1) for place in hits) / ideal),
+        ndcg=ndcg(hits, len(relevant), k),
         recall=len(hits) / len(relevant),
         mrr=1 / hits[0] if hits else 0.0,
         top=tuple(top),
@@ -185,7 +196,7 @@ def _score(
         yield from zip(_top(scores, k), _first_relevant(scores, relevant[start : start + step]), strict=True)
 
 
-def _bootstrap(values: NDArray[np.float64], *, seed: int, resamples: int) -> list[Metric]:
+def bootstrap(values: NDArray[np.float64], *, seed: int, resamples: int) -> list[Metric]:
     """Means of the columns of `values` (queries x metrics) with 95% percentile intervals over the rows.
 
     One resample at a time: 1000 of 100,000 queries would otherwise be an index of 800 MB.
@@ -250,7 +261,7 @@ def evaluate_retrieval(
         for query, (top, (rank, best)) in zip(queries, rows, strict=True)
     }
     seconds = time.perf_counter() - began
-    ndcg, recall, mrr = _bootstrap(_table(per_query), seed=seed, resamples=resamples)
+    ndcg, recall, mrr = bootstrap(_table(per_query), seed=seed, resamples=resamples)
     return RetrievalResult(
         k=k,
         ndcg=ndcg,
@@ -286,7 +297,7 @@ def paired_gain(
         )
     aligned = {query: after.per_query[query] for query in before.per_query}
     change = _table(aligned) - _table(before.per_query)
-    metrics = dict(zip(NAMES, _bootstrap(change, seed=seed, resamples=resamples), strict=True))
+    metrics = dict(zip(NAMES, bootstrap(change, seed=seed, resamples=resamples), strict=True))
     return {
         **{f"{name}@{before.k}": metric.mean for name, metric in metrics.items()},
         "intervals": {f"{name}@{before.k}": [metric.low, metric.high] for name, metric in metrics.items()},

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .loading import room_of
 from .packing import padded
 from .quantised import layers
 from .stored_table import StoredTable
@@ -128,10 +129,12 @@ def _unlike_saved(model: nn.Module) -> str | None:
 
 def _asked(model: Any) -> dict[str, Any]:
     from sentence_transformers import CrossEncoder
+    from sentence_transformers.base.modules import Transformer
 
     longest = model.max_seq_length
     longest = int(longest) if longest is not None and longest < 10**9 else None
-    room = _room(model)
+    first = model[0]  # a static model has no transformer
+    room = room_of(first.config, first._infer_flatten_position_offset()) if isinstance(first, Transformer) else None
     common = {"schema": SCHEMA, "dtype": "float32"}
     if isinstance(model, CrossEncoder):
         pairs = pairs_for(longest, room)
@@ -146,15 +149,6 @@ def _asked(model: Any) -> dict[str, Any]:
         **common, "kind": "embeddings", "inputs": [text for text, _ in asked], "prompts": prompts, "texts": texts,
         "token_ids": [_token_ids(model, text) for text in texts], "outputs": vectors,
     }  # fmt: skip
-
-
-def _room(model: Any) -> int | None:
-    """The tokens that a model has positions for; None where its config names no number, or it has no transformer."""
-    first = model[0]
-    positions = getattr(getattr(first, "config", None), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    return int(positions - first._infer_flatten_position_offset())
 
 
 def embed(model: Any, asked: Sequence[tuple[str, str]]) -> NDArray[Any]:

@@ -308,14 +308,19 @@ def _packing(
     return True, f"no padding is computed; attention: {attention.spec.name}"
 
 
+def room_of(config: PretrainedConfig, offset: int) -> int | None:
+    """The tokens that a model has positions for, after the `offset` that it never uses; None if it names no number."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions - offset if isinstance(positions, int) and positions > 0 else None
+
+
 def check_length(wanted: int, config: PretrainedConfig, offset: int) -> int:
     """`wanted`, if the model has positions for that many tokens after the `offset` that it never uses.
 
     Raises:
         ConfigError: If it has not, or `wanted` is not positive.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    room = positions - offset if isinstance(positions, int) and positions > 0 else None
+    room = room_of(config, offset)
     if wanted < 1 or (room is not None and wanted > room):
         what = f"{wanted} is not between 1 and the {room or 'unlimited'} positions of this {config.model_type} model"
         raise ConfigError(what, where="max_seq_length", fix="Leave it out to keep the model's own")

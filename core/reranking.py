@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ConfigError, DataError, ModelError
-from .evaluate import Metric, _bootstrap
+from .evaluate import Metric, bootstrap, ndcg
 from .readers import Row, jsonl_rows, place
-from .retrieval_data import RetrievalData, _identified, _row, _string, _text, _texts_file
+from .retrieval_data import RetrievalData, checked_row, identified_rows, string_cell, text_of, texts_file
 
 if TYPE_CHECKING:
     from .cross_encoder import CrossEncoder
@@ -95,17 +95,17 @@ def load_reranking(folder: Path, split: str, *, max_queries: int | None = None) 
     if not folder.is_dir():
         fix = "Name a folder with corpus.jsonl and a file of queries for each split"
         raise DataError("there is no such folder", where=str(folder), fix=fix)
-    corpus_path, path = _texts_file(folder, "corpus"), _texts_file(folder, split)
+    corpus_path, path = texts_file(folder, "corpus"), texts_file(folder, split)
     corpus: dict[str, str] = {}
-    for row, key in _identified(corpus_path, corpus):
-        corpus[key] = _text(row, corpus_path)
+    for row, key in identified_rows(corpus_path, corpus):
+        corpus[key] = text_of(row, corpus_path)
     found = RerankingData(
         name=f"{folder.absolute().name}-{split}", queries={}, corpus=corpus, candidates={}, relevant={}, counts={}
     )
     for item in jsonl_rows(path):
         if len(found.queries) == max_queries:
             break
-        _add(found, _row(item, path), path)
+        _add(found, checked_row(item, path), path)
     if not found.queries:
         raise DataError("has no rows", where=str(path), fix='Write one {"query": …, "doc_ids": …, "labels": …} a line')
     return found
@@ -114,10 +114,10 @@ def load_reranking(folder: Path, split: str, *, max_queries: int | None = None) 
 def _add(data: RerankingData, row: Row, path: Path) -> None:
     """Put one row of a split's file into the data."""
     where = place(str(path), row.number)
-    key = _string(row, "_id", path) if "_id" in row.cells else str(row.number)
+    key = string_cell(row, "_id", path) if "_id" in row.cells else str(row.number)
     if key in data.queries:
         raise DataError(f"'{key}' occurs twice", where=where, fix="Give every query an _id of its own")
-    text, cells = _string(row, "query", path), row.cells
+    text, cells = string_cell(row, "query", path), row.cells
     documents, labels = cells.get("doc_ids"), cells.get("labels")
     if not isinstance(documents, list) or not documents or not all(isinstance(one, str) for one in documents):
         raise DataError("is no list of document ids", where=place(str(path), row.number, "doc_ids"), fix="Add one")
@@ -241,10 +241,10 @@ def evaluate_reranking(
         got[query] = (_ndcg(ranked, relevant, count, k), _reciprocal_rank(ranked, relevant, k))
         first.append(_ndcg(candidates, relevant, count, k))
         best.append(_ndcg(sorted(candidates, key=lambda one: one not in relevant), relevant, count, k))
-    ndcg, mrr = _bootstrap(np.array(list(got.values())), seed=seed, resamples=resamples)
+    gain, mrr = bootstrap(np.array(list(got.values())), seed=seed, resamples=resamples)
     return RerankingResult(
         k=k,
-        ndcg=ndcg,
+        ndcg=gain,
         mrr=mrr,
         first=float(np.mean(first)),
         best=float(np.mean(best)),
@@ -280,8 +280,7 @@ def load_reranker(name: str, **load: Any) -> CrossEncoder:
 
 
 def _ndcg(ranked: Sequence[str], relevant: frozenset[str], count: int, k: int) -> float:
-    gains = sum(1 / np.log2(rank + 1) for rank, one in enumerate(ranked[:k], start=1) if one in relevant)
-    return float(gains / sum(1 / np.log2(rank + 1) for rank in range(1, min(k, count) + 1)))
+    return ndcg([rank for rank, one in enumerate(ranked[:k], start=1) if one in relevant], count, k)
 
 
 def _reciprocal_rank(ranked: Sequence[str], relevant: frozenset[str], k: int) -> float:

@@ -94,16 +94,16 @@ def _read(folder: Path, split: str) -> tuple[dict[str, str], dict[str, str], lis
     if not path.is_file():
         others = ", ".join(sorted(file.stem for file in path.parent.glob("*.tsv"))) or "none"
         raise DataError(f"there are no judgements of split '{split}'", where=str(path), fix=f"Splits here: {others}")
-    queries_path, corpus_path = _texts_file(folder, "queries"), _texts_file(folder, "corpus")
+    queries_path, corpus_path = texts_file(folder, "queries"), texts_file(folder, "corpus")
     queries: dict[str, str] = {}
     split_of: dict[str, tuple[int, str]] = {}
-    for row, key in _identified(queries_path, queries):
-        queries[key] = _text(row, queries_path)
+    for row, key in identified_rows(queries_path, queries):
+        queries[key] = text_of(row, queries_path)
         if row.cells.get("split") is not None:
-            split_of[key] = (row.number, _string(row, "split", queries_path))
+            split_of[key] = (row.number, string_cell(row, "split", queries_path))
     corpus: dict[str, str] = {}
-    for row, key in _identified(corpus_path, corpus):
-        corpus[key] = _text(row, corpus_path)
+    for row, key in identified_rows(corpus_path, corpus):
+        corpus[key] = text_of(row, corpus_path)
     judged = _judgements(path, queries, corpus)
     _check_splits(split_of, split, queries_path, judged, path)
     relevant = [pair for pair, (_, score) in judged.items() if score > 0]
@@ -112,7 +112,7 @@ def _read(folder: Path, split: str) -> tuple[dict[str, str], dict[str, str], lis
     return queries, corpus, relevant
 
 
-def _texts_file(folder: Path, name: str) -> Path:
+def texts_file(folder: Path, name: str) -> Path:
     plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
     if plain.exists() and packed.exists():
         raise DataError(f"is there twice, also as {packed.name}", where=str(plain), fix="Remove one of them")
@@ -121,13 +121,13 @@ def _texts_file(folder: Path, name: str) -> Path:
     return plain if plain.exists() else packed
 
 
-def _identified(path: Path, known: dict[str, str]) -> Iterator[tuple[Row, str]]:
+def identified_rows(path: Path, known: dict[str, str]) -> Iterator[tuple[Row, str]]:
     """The rows with their ids, which must not be among `known` (the caller adds each as it goes)."""
     empty = True
     for item in jsonl_rows(path):
-        row, empty = _row(item, path), False
+        row, empty = checked_row(item, path), False
         key = row.cells.get("_id")
-        key = str(key) if isinstance(key, int) and not isinstance(key, bool) else _string(row, "_id", path)
+        key = str(key) if isinstance(key, int) and not isinstance(key, bool) else string_cell(row, "_id", path)
         if key in known:
             fix = "Give every row an _id of its own"
             raise DataError(f"'{key}' occurs twice", where=place(str(path), row.number, "_id"), fix=fix)
@@ -136,13 +136,13 @@ def _identified(path: Path, known: dict[str, str]) -> Iterator[tuple[Row, str]]:
         raise DataError("has no rows", where=str(path), fix='Write one {"_id": …, "text": …} a line')
 
 
-def _row(item: Row | BadRow, path: Path) -> Row:
+def checked_row(item: Row | BadRow, path: Path) -> Row:
     if isinstance(item, BadRow):
         raise item.error(str(path), skippable=False)
     return item
 
 
-def _string(row: Row, column: str, path: Path) -> str:
+def string_cell(row: Row, column: str, path: Path) -> str:
     if column not in row.cells:
         fix = f'Add "{column}"; the row has {", ".join(row.cells) or "no columns"}'
         raise DataError("row lacks the column", where=place(str(path), row.number, column), fix=fix)
@@ -153,15 +153,15 @@ def _string(row: Row, column: str, path: Path) -> str:
     return str(value)
 
 
-def _text(row: Row, path: Path) -> str:
+def text_of(row: Row, path: Path) -> str:
     """The row's text after its title, if it has one; a document of a title alone is a document too."""
     title = row.cells.get("title")
     if not isinstance(title, str) or not title.strip():
         if title is not None and not isinstance(title, str):
-            _string(row, "title", path)
-        return _string(row, "text", path)
-    title = _string(row, "title", path).strip()
-    return title if row.cells.get("text") == "" else f"{title} {_string(row, 'text', path)}"
+            string_cell(row, "title", path)
+        return string_cell(row, "text", path)
+    title = string_cell(row, "title", path).strip()
+    return title if row.cells.get("text") == "" else f"{title} {string_cell(row, 'text', path)}"
 
 
 def _judgements(
@@ -175,7 +175,7 @@ def _judgements(
             raise DataError("there is no such column", where=place(where, 1, column), fix=fix)
     judged: dict[tuple[str, str], tuple[int, int | float]] = {}
     for item in csv_rows(path, "\t"):
-        row = _row(item, path)
+        row = checked_row(item, path)
         pair = row.cells["query-id"], row.cells["corpus-id"]
         for column, key, known in zip(_JUDGEMENT, pair, (queries, corpus), strict=False):
             if key not in known:

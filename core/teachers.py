@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import xxhash
 
 from .errors import ConfigError, ModelError
-from .tokenising import _serialised
+from .tokenising import serialised
 
 Pairs: TypeAlias = "list[tuple[str, str]]"
 # Parameters of loading that say in which numbers a teacher computes, and those that do not change its scores.
@@ -200,7 +200,7 @@ def content_of(model: Any) -> str:
     config = model.transformers_model.config.to_dict() if model.transformers_model is not None else {}
     settings = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    words = repr(sorted(model.tokenizer.get_vocab().items())) if backend is None else _serialised(backend)
+    words = repr(sorted(model.tokenizer.get_vocab().items())) if backend is None else serialised(backend)
     for part in (
         repr(settings),
         words,

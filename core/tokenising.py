@@ -96,7 +96,7 @@ class Recipe:
         for part in (self.name, repr(settings), self.prompt, str(self.max_length), *versions, *apart):
             digest.update(f"{len(part)}:{part}".encode())
         if tokenizer.is_fast:
-            digest.update(_serialised(tokenizer.backend_tokenizer).encode())
+            digest.update(serialised(tokenizer.backend_tokenizer).encode())
         else:
             with tempfile.TemporaryDirectory() as folder:
                 tokenizer.save_pretrained(folder)
@@ -115,7 +115,7 @@ class Recipe:
             return None
         from tokenizers import Tokenizer
 
-        backend = Tokenizer.from_str(_serialised(self.tokenizer.backend_tokenizer))
+        backend = Tokenizer.from_str(serialised(self.tokenizer.backend_tokenizer))
         backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
         if self.max_length is not None and self.max_length < 2**31:  # else the model cuts nothing either
             backend.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
@@ -177,7 +177,7 @@ def _joined(parts: list[Flat]) -> Flat:
     return np.concatenate([values for values, _ in parts]), np.concatenate([lengths for _, lengths in parts])
 
 
-def _serialised(backend: Any) -> str:
+def serialised(backend: Any) -> str:
     """The backend with all its parts, but for the cutting and padding that its last call left there."""
     cut, pad = backend.truncation, backend.padding
     backend.no_truncation()
