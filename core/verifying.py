@@ -19,20 +19,13 @@ import numpy as np
 
 from . import deploy, golden
 from .errors import ConfigError, ModelError
+from .runtimes import RUNTIMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-# Runtime to what pip calls it. A script with_NAME.py in `consumers` is all that another one takes.
-RUNTIMES = {
-    "sentence-transformers": "sentence-transformers",
-    "transformers": "transformers",
-    "onnxruntime": "onnxruntime",
-    "openvino": "openvino",
-    "fastembed": "fastembed",
-}
 # Another order of summation moves a float32 vector by 1e-7 of its length; a wrong pooling or a lost prompt by 1e-2.
 COSINE = 0.9999
 # Of the largest score: logits have no unit.
@@ -124,11 +117,10 @@ def _expected(described: deploy.Description, variant: str | None) -> float:
 
 
 def _ask(name: str, request: dict[str, Any], python: Path | None) -> dict[str, Any]:
-    script = Path(__file__).with_name("consumers") / f"with_{name.replace('-', '_')}.py"
     with tempfile.TemporaryDirectory(prefix="burnish-verify-") as place:
         asked, answered = Path(place) / "request.json", Path(place) / "answer.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
-        command = [str(python or sys.executable), str(script), str(asked), str(answered)]
+        command = [str(python or sys.executable), str(RUNTIMES[name].path), str(asked), str(answered)]
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
         kept = {key: value for key, value in os.environ.items() if python is None or not key.startswith("PYTHON")}
         try:
@@ -149,7 +141,7 @@ def _failure(name: str, folder: str, said: str, python: Path | None) -> ConfigEr
     lines = [line for line in said.strip().splitlines() if line.strip()] or ["it said nothing"]
     if lines[-1].startswith("ModuleNotFoundError"):
         where = f"--runtime {name}" if python is None else f"--python {python}"
-        fix = f"pip install {RUNTIMES[name]} there, or name a Python that has it with --python"
+        fix = f"pip install {RUNTIMES[name].install} there, or name a Python that has it with --python"
         return ConfigError(lines[-1].partition(": ")[2], where=where, fix=fix)
     return ModelError(f"{name} does not read it: {lines[-1][:300]}", where=folder, fix="Run it by hand to see the rest")
 
