@@ -9,6 +9,7 @@ Nothing is ever installed over a link, since pip would remove the files behind i
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import os
 import re
@@ -53,9 +54,15 @@ ENVIRONMENTS: dict[str, tuple[list[str], list[str] | None]] = {
 
 
 def make(folder: Path, name: str) -> Path:
-    """The Python of an environment, made if it is not there as it should be."""
+    """The Python of an environment, made if it is not there as it should be; who comes second waits for the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        return _make(folder.absolute() / name, name)
+
+
+def _make(place: Path, name: str) -> Path:
     pinned, linked = ENVIRONMENTS[name]
-    place = folder.absolute() / name
     python, stamp = place / "bin" / "python", place / "made-of"
     said = f"{sys.version}\n{place}\n{pinned}\n{linked}\n"
     if stamp.exists() and stamp.read_text() == said and python.exists():
