@@ -1,11 +1,15 @@
-"""Saved folders of every family, and the environments in which others read them: see .ci/environments.py."""
+"""Saved folders of every family, and the environments in which others read them: see .ci/environments.py.
+
+What the tests find out is noted: see noting.py.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from burnish import FastSentenceTransformer
 from burnish.core import consumers, deploy, verifying
 from burnish.core.testing.subject import enliven, quietly
 from burnish.core.verifying import Verdict
+
+from .noting import PROPERTY, lines, noting
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("bert", "distilbert", "gemma", "modernbert", "mpnet", "qwen3", "xlm_roberta")
@@ -44,7 +50,9 @@ for asked, answered in pairs:
     except BaseException as error:
         json.dump({"failed": f"{type(error).__name__}: {error}"}, open(answered, "w"))
 """
-_rows: list[tuple[str, ...]] = []
+# Where read_all runs a consumer in the Python that runs the tests, in place of an environment.
+HERE = "here"
+_rows: list[dict[str, Any]] = []
 
 
 def tiny(name: str, minilm: Path, folder: Path) -> Path:
@@ -105,7 +113,13 @@ def python() -> Callable[[str], Path]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda name: Path(module.make(ROOT / ".venv-exports", name))
+    return lambda name: Path(sys.executable if name == HERE else module.make(ROOT / ".venv-exports", name))
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Notes a row of the table of consumers and families: `note(consumer, family, verdict)`; see noting.py."""
+    return noting(request.node.user_properties)
 
 
 @pytest.fixture(scope="session")
@@ -136,29 +150,21 @@ def read_all(
             else:
                 faults = deploy.changed(folder, reference["deploy"])
                 found[name] = verifying._compare(runtime, reference, answer, verifying.COSINE, faults)
-        _note(environment, runtime, found)
         return found
 
     return run
 
 
-def _note(environment: str, runtime: str, found: Mapping[str, Verdict | str]) -> None:
-    for name, verdict in found.items():
-        row = (environment, runtime, name)
-        if isinstance(verdict, str):
-            _rows.append((*row, "", "", verdict[:60]))
-        else:
-            words = "right" if verdict.good else "; ".join(verdict.faults)
-            _rows.append((*row, f"{verdict.cosine or 1:.6f}", f"{verdict.difference:.1e}", words))
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Rows come with the report of the test that noted them, whichever process ran it."""
+    if report.when == "call":
+        rows = [value for name, value in report.user_properties if name == PROPERTY]
+        _rows.extend({**row, "test": report.nodeid, "passed": report.passed} for row in rows)  # type: ignore[dict-item]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table of what was read by what."""
     if _rows:
         terminalreporter.section("exports")
-        _table(terminalreporter.write_line, _rows)
-
-
-def _table(write: Callable[[str], object], rows: Iterable[tuple[str, ...]]) -> None:
-    for environment, runtime, name, cosine, difference, words in rows:
-        write(f"{environment:12} {runtime:22} {name:20} {cosine:9} {difference:8} {words}")
+        for line in lines(_rows):
+            terminalreporter.write_line(line)

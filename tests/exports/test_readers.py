@@ -12,30 +12,38 @@ import pytest
 
 from burnish.core.verifying import Verdict
 
+from .conftest import HERE
+
 pytestmark = [pytest.mark.exports, pytest.mark.timeout(1200)]
 ReadAll = Callable[..., dict[str, Verdict | str]]
+Note = Callable[..., None]
 # transformers 4.48 has neither.
 YOUNGER = ("gemma", "qwen3")
 
 
-def right(found: dict[str, Verdict | str]) -> None:
+def right(consumer: str, found: dict[str, Verdict | str], note: Note) -> None:
     for name, verdict in found.items():
+        if isinstance(verdict, str):
+            note(consumer, name.split()[0], "wrong", what=name, reason=verdict)
+        else:
+            note(consumer, name.split()[0], verdict, what=name)
         assert isinstance(verdict, Verdict) and verdict.good, (name, verdict)
         assert verdict.cosine is not None and verdict.cosine > 1 - 1e-6 and verdict.difference <= 1e-5, (name, verdict)
         assert verdict.rank == 1.0 and verdict.tokens, (name, verdict)
 
 
-@pytest.mark.parametrize("environment", ["st-3.4", "st-5.7"])
-def test_older_sentence_transformers(environment: str, saved: dict[str, Path], read_all: ReadAll) -> None:
+@pytest.mark.parametrize("environment", ["st-3.4", "st-5.7", HERE])
+def test_sentence_transformers(environment: str, saved: dict[str, Path], read_all: ReadAll, note: Note) -> None:
     known = {key: path for key, path in saved.items() if environment != "st-3.4" or not key.startswith(YOUNGER)}
     assert len(known) == (18 if environment == "st-3.4" else 24)
-    right(read_all(environment, "sentence-transformers", known))
+    right("sentence-transformers", read_all(environment, "sentence-transformers", known), note)
 
 
-@pytest.mark.parametrize("environment", ["st-3.4", "st-5.7"])
-def test_older_transformers_alone(environment: str, saved: dict[str, Path], read_all: ReadAll) -> None:
+@pytest.mark.parametrize("environment", ["st-3.4", "st-5.7", HERE])
+def test_transformers_alone(environment: str, saved: dict[str, Path], read_all: ReadAll, note: Note) -> None:
     known = {key: path for key, path in saved.items() if environment != "st-3.4" or not key.startswith(YOUNGER)}
-    right(read_all(environment, "transformers", {key: path for key, path in known.items() if "merged" in key}))
+    merged = {key: path for key, path in known.items() if "merged" in key}
+    right("transformers", read_all(environment, "transformers", merged), note)
 
 
 def without(folder: Path, copy: Path, file: str, change: Callable[[dict[str, Any]], object]) -> Path:
