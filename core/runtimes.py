@@ -37,4 +37,5 @@ RUNTIMES = {
     "onnxruntime": Runtime(install="onnxruntime tokenizers", script="with_onnxruntime.py"),
     "openvino": Runtime(install="openvino tokenizers", script="with_openvino.py"),
     "fastembed": Runtime(install="fastembed", script="with_fastembed.py"),
+    "transformers-js": Runtime(install="@huggingface/transformers", script="with_transformers_js.mjs"),
 }

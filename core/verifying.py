@@ -7,10 +7,6 @@ trains it on versions. The scripts are in `consumers`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import deploy, golden
+from .consumer_runs import Environment, run_script
 from .errors import ConfigError, ModelError
 from .runtimes import RUNTIMES
 
@@ -32,7 +29,6 @@ COSINE = 0.9999
 SCORES = 1e-3
 # What the reference tells apart by less than this has no order that another runtime could get wrong.
 TIE = 1e-5
-_SECONDS = 1800
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,37 +62,50 @@ class Verdict:
 
 
 def verify(
-    folder: Path, runtime: str | None = None, *, python: Path | None = None, variant: str | None = None,
-    cosine: float | None = None,
+    folder: Path, runtime: str | None = None, *, python: Path | None = None, node_modules: Path | None = None,
+    variant: str | None = None, cosine: float | None = None,
 ) -> Verdict:  # fmt: skip
     """Run a consumer of a saved folder and compare.
 
     Args:
         folder: What Burnish saved or exported.
         runtime: One of `RUNTIMES`; None for the one that the folder was made for.
-        python: The Python to run it with; None for this one.
+        python: The Python that has it, if it is of Python; None for this one.
+        node_modules: The folder that has it, if it is of JavaScript; None for the one that npm would use here.
         variant: A file of the folder in place of its main one, such as "onnx/model_fp16.onnx".
         cosine: The smallest cosine that is good; None for `COSINE`, or what the folder was measured to have where it
             holds rounded weights.
 
     Raises:
-        ConfigError: For an unknown runtime, or one that this Python lacks.
+        ConfigError: For an unknown runtime, or one that is not installed there.
         ModelError: If the folder holds no golden vectors, or the runtime does not read it.
     """
     described = deploy.read(folder)
     reference = _golden(folder, described)
-    name = runtime or described.get("runtime", "sentence-transformers")
-    if name not in RUNTIMES:
-        raise ConfigError(f"{name!r} is unknown", where="--runtime", fix=f"Known: {', '.join(RUNTIMES)}")
+    name = runtime_of(described, runtime)
+    environment = Environment(python=python, node_modules=node_modules)
+    environment.check([name])
     if variant is not None and not (folder / variant).is_file():
         raise ConfigError(f"the folder has no {variant}", where="--variant", fix="Name one of its files")
     request = {
         "folder": str(folder.absolute()), "deploy": described, "variant": variant, "kind": reference["kind"],
         **{key: reference.get(key) for key in ("inputs", "prompts", "texts")},
     }  # fmt: skip
-    answer = _ask(name, request, python)
+    answer = run_script(name, request, environment)
     wanted = cosine if cosine is not None else _expected(described, variant)
     return _compare(name, reference, answer, wanted, deploy.changed(folder, described))
+
+
+def runtime_of(described: deploy.Description, asked: str | None = None) -> str:
+    """The runtime that is asked for, or that a folder was made for.
+
+    Raises:
+        ConfigError: If there is no such runtime.
+    """
+    name: str = asked or described.get("runtime", "sentence-transformers")
+    if name not in RUNTIMES:
+        raise ConfigError(f"{name!r} is unknown", where="--runtime", fix=f"Known: {', '.join(RUNTIMES)}")
+    return name
 
 
 def _golden(folder: Path, described: deploy.Description) -> dict[str, Any]:
@@ -114,36 +123,6 @@ def _expected(described: deploy.Description, variant: str | None) -> float:
     file = variant or described.get("runtime_file")
     quality = next((row for row in described.get("quality", []) if row["file"] == file and row.get("rounded")), None)
     return COSINE if quality is None else min(COSINE, 1 - 1.5 * (1 - quality["cosine_min"]))
-
-
-def _ask(name: str, request: dict[str, Any], python: Path | None) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="burnish-verify-") as place:
-        asked, answered = Path(place) / "request.json", Path(place) / "answer.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        command = [str(python or sys.executable), str(RUNTIMES[name].path), str(asked), str(answered)]
-        quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-        kept = {key: value for key, value in os.environ.items() if python is None or not key.startswith("PYTHON")}
-        try:
-            done = subprocess.run(
-                command, cwd=place, env=kept | quiet, capture_output=True, text=True, timeout=_SECONDS, check=False
-            )
-        except OSError as error:
-            raise ConfigError(f"cannot be run ({error.strerror})", where="--python", fix="Name a Python") from error
-        except subprocess.TimeoutExpired as error:
-            raise ModelError(f"{name} gave no answer in {_SECONDS} s", where=request["folder"]) from error
-        if done.returncode == 0 and answered.exists():
-            found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
-            return found
-    raise _failure(name, request["folder"], done.stderr, python)
-
-
-def _failure(name: str, folder: str, said: str, python: Path | None) -> ConfigError | ModelError:
-    lines = [line for line in said.strip().splitlines() if line.strip()] or ["it said nothing"]
-    if lines[-1].startswith("ModuleNotFoundError"):
-        where = f"--runtime {name}" if python is None else f"--python {python}"
-        fix = f"pip install {RUNTIMES[name].install} there, or name a Python that has it with --python"
-        return ConfigError(lines[-1].partition(": ")[2], where=where, fix=fix)
-    return ModelError(f"{name} does not read it: {lines[-1][:300]}", where=folder, fix="Run it by hand to see the rest")
 
 
 def _compare(
