@@ -29,6 +29,5 @@ def burnish_register_backends() -> Iterable[BackendSpec]:
         BackendSpec(
             name="compiled", summary="each layer compiled by torch.inductor, LoRA without its traffic",
             build_step=build_step, needs=Needs(devices=("cuda", "cpu"), packages=("triton",)), priority=-1,
-            heads=False,
         )
     ]  # fmt: skip

@@ -173,8 +173,7 @@ def burnish_register_backends() -> Iterable[BackendSpec]:
     return [
         BackendSpec(
             name="fused", summary="one CUDA graph a step, layers compiled, LoRA without its traffic",
-            # By name only for heads until results/rerank-quality has been repeated on a GPU (decision 0017).
-            build_step=build_step, priority=20, few_shapes=True, heads=False,
+            build_step=build_step, priority=20, few_shapes=True,
             needs=Needs(devices=("cuda",), compute_capability=(7, 0), packages=("triton",)),
         )
     ]  # fmt: skip

@@ -117,11 +117,9 @@ def _burnish(path: Path, given: Namespace) -> HeadArm:
 
     full = given.mode.startswith("full")
     fast: Any = burnish.FastCrossEncoder if given.task == "rerank" else burnish.FastClassifier
-    # "auto" leaves heads to the reference backend (docs/benchmarks.md): what is timed here is asked for by name.
-    fused = given.backend == "auto" and given.device == "cuda"
     model = fast.from_pretrained(
         str(path), max_seq_length=given.seq, dtype=arms.master_dtype(given), full_finetuning=full,
-        backend="fused" if fused else given.backend, device=given.device,
+        backend=given.backend, device=given.device,
         **({} if _generates(path) else {"num_labels": LABELS[given.task]}),
     )  # fmt: skip
     if not full:

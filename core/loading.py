@@ -238,7 +238,7 @@ def decide(
     machine = _machine(device)
     plugins = registry(options.plugins)
     family = choose_family(plugins, config)
-    backend = choose_backend(plugins, machine, options.backend, head=task != EMBED)
+    backend = choose_backend(plugins, machine, options.backend)
     attention = choose_kernel(plugins, machine, "packed_attention")
     tables = None if options.embedding_storage is None else choose_kernel(plugins, machine, "gather_rows")
     packed, reason = _packing(options, family.family, attention, machine, task)

@@ -89,7 +89,6 @@ class BackendSpec:
         priority: With `backend="auto"` the highest priority that can be had wins; the reference has 0.
         few_shapes: Whether its steps are faster if batches come in few shapes: streams of tokens are then filled up
             to one of a few lengths.
-        heads: Whether backend="auto" may choose it for models with a task head, rerankers and classifiers.
     """
 
     name: str
@@ -98,13 +97,12 @@ class BackendSpec:
     needs: Needs = ANYTHING
     priority: int = 0
     few_shapes: bool = False
-    heads: bool = True
 
     def __post_init__(self) -> None:
         check_name(self, self.name)
         check(self.name != "auto", self, "a backend cannot be called 'auto'")
         check_functions(self, "build_step")
-        check_types(self, summary=str, needs=Needs, priority=int, few_shapes=bool, heads=bool)
+        check_types(self, summary=str, needs=Needs, priority=int, few_shapes=bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -168,9 +168,8 @@ def switch_on(plugin: Plugin) -> str:
     return f"{plugin.label} is refused: {plugin.reason}"
 
 
-def choose_backend(registry: Registry, machine: Machine, name: str = "auto", *, head: bool = False) -> BackendChoice:
-    """The backend called `name`, or with "auto" the best one that this machine can run, for a model with a task `head`
-    the best of those that take them by themselves (`BackendSpec.heads`).
+def choose_backend(registry: Registry, machine: Machine, name: str = "auto") -> BackendChoice:
+    """The backend called `name`, or with "auto" the best one that this machine can run.
 
     Raises:
         PluginError: If there is no such backend, two of that name and rank, or none at all.
@@ -183,12 +182,7 @@ def choose_backend(registry: Registry, machine: Machine, name: str = "auto", *, 
         offers = [(plugin, spec) for plugin, spec in offers if spec.name == wanted]
     if not offers:
         _refuse_backend(registry, wanted, claimants)
-    without: list[tuple[Plugin, BackendSpec]] = []
-    if head and not wanted:
-        without = [(plugin, spec) for plugin, spec in offers if not spec.heads]
-        offers = [(plugin, spec) for plugin, spec in offers if spec.heads]
     able, considered = _able(offers, machine, {spec.name for plugin, spec in offers if plugin.own}, bool(wanted))
-    considered += [_passed(plugin, spec.name, "a model with a head gets it by name only") for plugin, spec in without]
     if not able:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in considered)
         fix = 'Pass backend="auto" to get the best this machine can run' if wanted else "Enable the reference backend"

@@ -12,7 +12,7 @@ from burnish.core.choices import BackendChoice, FamilyChoice
 from burnish.core.contracts import Machine
 from burnish.core.errors import PluginError
 from burnish.core.registry import PluginWarning, registry
-from burnish.core.selection import choose_backend, choose_family
+from burnish.core.selection import choose_family
 from burnish.core.settings import set_disabled
 
 Install = Callable[..., str]
@@ -280,16 +280,3 @@ def test_a_rule_that_fails_when_it_is_used_names_its_plugin(install: Install) ->
         choice.pooling(config("zeta"), frozenset())
     with pytest.raises(PluginError, match=r"zeta.*patch rule of family zeta failed: TypeError: it returned a str"):
         choice.claims(object(), CPU)  # type: ignore[arg-type]
-
-
-def test_a_head_gets_a_backend_that_takes_heads_by_itself_and_others_by_name() -> None:
-    machine = Machine(
-        device="cuda", compute_capability=(9, 0), dtypes=frozenset({"float32", "bfloat16"}), packages={"triton": "3.6"}
-    )
-    known = registry(None)
-    assert choose_backend(known, machine).spec.name == "fused"
-    chosen = choose_backend(known, machine, head=True)
-    assert chosen.spec.name == "reference"
-    passed = {item.name: item.reason for item in chosen.considered}
-    assert passed["fused"] == passed["compiled"] == "a model with a head gets it by name only"
-    assert choose_backend(known, machine, "fused", head=True).spec.name == "fused"
