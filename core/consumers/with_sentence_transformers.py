@@ -5,6 +5,27 @@ import torch
 import transformers
 from exchange import answer, asked
 
+MAJOR, MINOR = (int(part) for part in sentence_transformers.__version__.split(".")[:2])
+
+
+def cross_encoder(request, options):
+    """The folder's CrossEncoder. What an adapter says of its labels is read from 6.0 on, and told to those before."""
+    folder, base = request["folder"], request["deploy"]["adapter_of"]
+    if MAJOR < 4:
+        options["automodel_args"] = options.pop("model_kwargs")
+    if base is None or MAJOR >= 6:
+        return sentence_transformers.CrossEncoder(folder, **options)
+    labels = len(request["deploy"]["labels"])
+    if (MAJOR, MINOR) >= (5, 4):
+        options["model_kwargs"]["num_labels"] = labels
+        return sentence_transformers.CrossEncoder(folder, **options)
+    from peft import PeftModel
+
+    model = sentence_transformers.CrossEncoder(base, num_labels=labels, **options)
+    model.model = PeftModel.from_pretrained(model.model, folder).eval()
+    model.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return model
+
 
 def main() -> None:
     """Answer the request in the file that is named first, in the file named second."""
@@ -12,13 +33,9 @@ def main() -> None:
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options = {"device": "cpu", "model_kwargs": {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}}
     if request["kind"] == "scores":
-        if int(sentence_transformers.__version__.split(".")[0]) < 4:
-            options["automodel_args"] = options.pop("model_kwargs")
-        if request["deploy"]["adapter_of"]:  # whose folder has no config of its own to say how many labels there are
-            options["num_labels"] = len(request["deploy"]["labels"])
-        model = sentence_transformers.CrossEncoder(request["folder"], **options)
+        model = cross_encoder(request, options)
         pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in request["inputs"]]
-        name = "activation_fn" if int(sentence_transformers.__version__.split(".")[0]) >= 4 else "activation_fct"
+        name = "activation_fn" if MAJOR >= 4 else "activation_fct"
         outputs = model.predict(pairs, **{name: torch.nn.Identity()})
         ids = None
     else:

@@ -31,6 +31,8 @@ def main() -> None:
     request = asked()
     deploy, folder = request["deploy"], request["folder"]
     scores = request["kind"] == "scores"
+    if scores and deploy["modules"] != ["Transformer"]:
+        sys.exit(f"its scores come from {', '.join(deploy['modules'][1:])}, which transformers alone does not compute")
     if deploy["dense"]:
         sys.exit("the model has Dense layers after its pooling, which transformers alone does not compute")
     tokenizer = AutoTokenizer.from_pretrained(folder)
