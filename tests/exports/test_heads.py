@@ -27,7 +27,7 @@ ANSWERS = "yes or no"
 
 @pytest.fixture(scope="session")
 def heads(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """ "NAME full", "NAME adapter" and "NAME merged" folders of all heads; no folder is called after an architecture."""
+    """ "NAME full", "NAME adapter" and "NAME merged" folders of all heads, none called after an architecture."""
     found: dict[str, Path] = {}
     for name in HEADS:
         found |= save(name, minilm, tmp_path_factory.mktemp("saved") / "model")
