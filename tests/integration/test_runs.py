@@ -368,7 +368,7 @@ def test_export_merges_an_adapter(trained: RunResult, tmp_path: Path, cli: Cli, 
         (
             ("adapter", "--target", "zzz"),
             2,
-            "--target: no enabled plugin exports to 'zzz'. Known: fastembed, int8, matryoshka, merged, onnx,",
+            "--target: no enabled plugin exports to 'zzz'. Known: fastembed, gguf, int8, matryoshka, merged, onnx,",
         ),
         (("adapter", "--option", "dtype=8bit"), 2, "--option: dtype=8bit is not understood. The target merged takes"),
         (("adapter", "--option", "quality=1"), 2, "--option: quality=1 is not understood."),
