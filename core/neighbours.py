@@ -39,8 +39,8 @@ def similarities(vectors: NDArray[np.float64], similarity: str) -> NDArray[np.fl
 
 def compare(
     outputs: Sequence[Sequence[float]], similarity: str, neighbours: Sequence[Sequence[Sequence[float]]]
-) -> tuple[float, list[str]]:
-    """(share of pairs of neighbours in the right order, what is wrong, one line each).
+) -> tuple[float, float, list[str]]:
+    """(share of pairs of neighbours in the right order, largest difference of a similarity, what is wrong by line).
 
     Args:
         outputs: The golden vectors.
@@ -52,9 +52,9 @@ def compare(
     places = [[int(place) for place, _ in row] for row in neighbours]
     if odd := [row for row, found in enumerate(places) if sorted(found) != list(range(count))]:
         found = len(set(places[odd[0]]))
-        return 0.0, [f"the store finds {found} of {count} vectors for input {odd[0]}"]
+        return 0.0, float("nan"), [f"the store finds {found} of {count} vectors for input {odd[0]}"]
     if len(places) != count:
-        return 0.0, [f"the store answers for {len(places)} of {count} inputs"]
+        return 0.0, float("nan"), [f"the store answers for {len(places)} of {count} inputs"]
     given = np.asarray([[score for _, score in row] for row in neighbours], dtype=np.float64)
     sorted_wanted = np.take_along_axis(wanted, np.asarray(places), axis=1)
     faults = []
@@ -64,7 +64,7 @@ def compare(
     rank = _ordered(sorted_wanted, TIE * largest)
     if rank < 1.0:
         faults.append(f"the store has {1 - rank:.1%} of pairs of neighbours in another order")
-    return rank, faults
+    return rank, off, faults
 
 
 def _ordered(rows: NDArray[np.float64], tie: float) -> float:

@@ -40,7 +40,7 @@ class Verdict:
         versions: What computed the answers, by name.
         inputs: How many texts or pairs were compared.
         cosine: The smallest cosine of an embedding with its golden one; None for scores.
-        difference: The largest absolute difference of a number.
+        difference: The largest absolute difference of a number; of a similarity, where a store was asked.
         rank: Share of the pairs of results that are in the same order as by the golden ones; 1.0 if nothing is.
         tokens: Whether every input became the same tokens; None where the runtime does not tell.
         faults: What is not as it must be, one line each.
@@ -96,8 +96,8 @@ def verify(
     verdict = _compare(name, reference, answer, wanted, deploy.changed(folder, described))
     if (found := answer.get("neighbours")) is None:
         return verdict
-    rank, faults = neighbours.compare(reference["outputs"], described["similarity"], found)
-    return replace(verdict, rank=rank, faults=(*verdict.faults, *faults))
+    rank, difference, faults = neighbours.compare(reference["outputs"], described["similarity"], found)
+    return replace(verdict, rank=rank, difference=difference, faults=(*verdict.faults, *faults))
 
 
 def runtime_of(described: deploy.Description, asked: str | None = None) -> str:
