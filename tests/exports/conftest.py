@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from burnish.core import consumers, deploy, verifying
 from burnish.core.testing.subject import enliven, quietly
 from burnish.core.verifying import Verdict
 
-from .noting import PROPERTY, lines, noting
+from .noting import PROPERTY, lines, noting, write_logs
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("bert", "distilbert", "gemma", "modernbert", "mpnet", "qwen3", "xlm_roberta")
@@ -53,6 +54,15 @@ for asked, answered in pairs:
 # Where read_all runs a consumer in the Python that runs the tests, in place of an environment.
 HERE = "here"
 _rows: list[dict[str, Any]] = []
+
+
+def loaded(script: Path) -> Any:
+    """A script of this repository as a module."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny(name: str, minilm: Path, folder: Path) -> Path:
@@ -109,10 +119,7 @@ def saved(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 @pytest.fixture(scope="session")
 def python() -> Callable[[str], Path]:
     """The Python of an environment, made if need be."""
-    spec = importlib.util.spec_from_file_location("environments", ROOT / ".ci" / "environments.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded(ROOT / ".ci" / "environments.py")
     return lambda name: Path(sys.executable if name == HERE else module.make(ROOT / ".venv-exports", name))
 
 
@@ -155,16 +162,28 @@ def read_all(
     return run
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """An option for the dated log."""
+    parser.addoption("--write-log", action="store_true", help="write the rows to benchmarks/results")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Rows come with the report of the test that noted them, whichever process ran it."""
     if report.when == "call":
-        rows = [value for name, value in report.user_properties if name == PROPERTY]
-        _rows.extend({**row, "test": report.nodeid, "passed": report.passed} for row in rows)  # type: ignore[dict-item]
+        told = {"test": report.nodeid.rpartition("/")[2], "passed": report.passed, "long": "long" in report.keywords}
+        for name, row in report.user_properties:
+            if name == PROPERTY:
+                assert isinstance(row, dict)
+                _rows.append({**row, **told})
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table of what was read by what."""
-    if _rows:
-        terminalreporter.section("exports")
-        for line in lines(_rows):
-            terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was read by what, folder by folder, and the table of consumers and families."""
+    if not _rows:
+        return
+    table = loaded(ROOT / "benchmarks" / "exports.py")
+    terminalreporter.section("exports")
+    dated = [{**row, "date": date.today().isoformat()} for row in _rows]
+    written = write_logs(_rows, ROOT / "benchmarks" / "results") if config.getoption("--write-log", False) else []
+    for line in [*lines(_rows), "", *table.plain(table.summary(dated)), *(f"written: {path}" for path in written)]:
+        terminalreporter.write_line(line)

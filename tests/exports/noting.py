@@ -6,15 +6,20 @@ A test asks for the fixture `note` and calls it once for each folder that it had
     note("tei", "bert", "static", kind="scores", version="1.9")   # rules were read, nothing ran
     note("gguf", "mpnet", "refused", reason="no architecture")    # we, or the consumer, say no: and why
 
-Rows of tests of broken folders are not noted: the table is about what Burnish saves.
+Rows of tests of broken folders are not noted: the table is about what Burnish saves. `reason` beside a verdict that is
+good says what is to be known of it. What becomes of rows is in benchmarks/exports.py.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from burnish.core.environment import describe_environment
 from burnish.core.verifying import Verdict
 
 State: TypeAlias = Literal["verified", "static", "wrong", "refused"]
@@ -103,3 +108,16 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['what']:28} {words}"
         )
     return found
+
+
+def write_logs(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write the rows to dated logs: those of long tests to one of their own."""
+    written = []
+    head = {"date": date.today().isoformat(), **describe_environment("cpu")}
+    for name, long in (("exports", False), ("exports-long", True)):
+        part = [{key: value for key, value in row.items() if key != "long"} for row in rows if row["long"] == long]
+        if part:
+            path = folder / f"{name}-{head['date']}-cpu.jsonl"
+            path.write_text("".join(json.dumps(line) + "\n" for line in (head, *part)), encoding="utf-8")
+            written.append(path)
+    return written
