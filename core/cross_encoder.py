@@ -26,12 +26,12 @@ from . import saving
 from .adapters import adapter_base, freeze_after_pooling, split_saved
 from .contracts import Inner
 from .errors import ConfigError
+from .exportable import Exportable
 from .heads import fresh_modules, head_modules, read_vectors, within
 from .inputs import prompt_notes
-from .loading import CLASSIFY, EMBED, GENERATE, Repository, saved_task, skeleton
+from .loading import CLASSIFY, EMBED, GENERATE, Repository, saved_task, settings_of_base, skeleton
 from .packing import Flattening, pool_packed
 from .preparation import Preparation, describe_pooling
-from .prepared import Prepared
 
 # What a packed forward takes; token types only where the tokenizer gives them.
 _INPUTS = (
@@ -41,7 +41,7 @@ _INPUTS = (
 _OF_THE_HEAD = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id")
 
 
-class CrossEncoder(Prepared, Stock):
+class CrossEncoder(Exportable, Stock):
     """`sentence_transformers.CrossEncoder`, prepared for training and for packed prediction.
 
     Takes what that class takes, plus `options`. Made without options it is loaded for full fine-tuning, in float32
@@ -61,7 +61,11 @@ class CrossEncoder(Prepared, Stock):
     _columns: tuple[tuple[int, ...], Tensor] | None = None
 
     def _load_modules(self, model_name_or_path: str, *args: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
-        self._asked_labels = (keywords.get("config_kwargs") or {}).get("num_labels")
+        given = keywords.get("config_kwargs")
+        self._asked_labels = (given or {}).get("num_labels")
+        hub = {key: keywords.get(key) for key in ("token", "cache_folder", "revision", "local_files_only")}
+        if of_base := settings_of_base(model_name_or_path, given, **hub):
+            keywords["model_kwargs"] = {**of_base, **(keywords.get("model_kwargs") or {})}
         try:
             return super()._load_modules(model_name_or_path, *args, **keywords)
         except RuntimeError as error:

@@ -19,18 +19,18 @@ from torch import nn
 from . import saving
 from .adapters import freeze_after_pooling
 from .errors import ConfigError
+from .exportable import Exportable
 from .inputs import prompt_notes, texts_as_they_are
 from .loading import Repository
 from .packing import POOLS_PACKED_PROMPTS, padded, pool_packed
 from .preparation import Preparation, describe_pooling
-from .prepared import Prepared
 
 # Where `encode` takes, after `self`, what it shall return.
 _OUTPUT_VALUE = list(signature(Stock.encode).parameters).index("output_value") - 1
 _SENTENCE = "sentence_embedding"
 
 
-class SentenceTransformer(Prepared, Stock):
+class SentenceTransformer(Exportable, Stock):
     """`sentence_transformers.SentenceTransformer`, prepared for training: one changed import moves a script.
 
     Takes what that class takes, plus `options`. Made without options it is loaded for full fine-tuning, in float32

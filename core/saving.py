@@ -180,10 +180,7 @@ def save_merged(model: Prepared, path: Path, tokenizer: Any, save_method: str | 
         model.save(path, layout=layout)
         return
     check_layout(layout)
-    plain = _with_tokenizer(merged_model(model, save_method), tokenizer)
-    with atomic_folder(path) as staging:
-        plain.save(str(staging))
-        finish(model, plain, staging, layout, merged=True)
+    write_merged(model, with_tokenizer(merged_model(model, save_method), tokenizer), path, layout)
     if model.burnish is not None:
         model.burnish.decision.registry.observers("model_saved")(model=model, folder=path)
 
@@ -194,18 +191,19 @@ def push_merged(model: Prepared, repo_id: str, tokenizer: Any, save_method: str 
         hub["replace_model_card"] = hub.pop("replace_card", False)
         return str(model.push_to_hub(repo_id, **hub, layout=layout))  # type: ignore[call-arg]
     check_layout(layout)
-    plain = _with_tokenizer(merged_model(model, save_method), tokenizer)
+    plain = with_tokenizer(merged_model(model, save_method), tokenizer)
     hub["commit_message"] = hub.get("commit_message") or f"Add new {type(plain).__name__} model"
-
-    def save(folder: Path) -> None:
-        with atomic_folder(folder) as staging:
-            plain.save(str(staging))
-            finish(model, plain, staging, layout, merged=True)
-
-    return push_model(plain, save, repo_id, **hub)
+    return push_model(plain, lambda folder: write_merged(model, plain, folder, layout), repo_id, **hub)
 
 
-def _with_tokenizer(plain: BaseModel, tokenizer: Any) -> BaseModel:
+def write_merged(model: Prepared, plain: BaseModel, path: Path, layout: str) -> None:
+    """Write a merged model that was made of `model`, whole or not at all; nobody is told of it."""
+    with atomic_folder(path) as staging:
+        plain.save(str(staging))
+        finish(model, plain, staging, layout, merged=True)
+
+
+def with_tokenizer(plain: BaseModel, tokenizer: Any) -> BaseModel:
     """A merged model with another tokenizer, if one is given; the first module is the merged model's own copy."""
     if tokenizer is not None:
         first: Any = plain[0]
