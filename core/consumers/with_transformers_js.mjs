@@ -19,17 +19,19 @@ const tokenIds = [];
 /** A tokenizer that keeps its tokens for the answer, and the closing token of long texts: the library cuts it off. */
 function watched(tokenizer) {
   return (texts, given) => {
-    const found = tokenizer(texts, { ...given, padding: true, truncation: true, max_length: deploy.max_seq_length });
-    const whole = tokenizer(texts, { ...given, padding: false, truncation: false, return_tensor: false }).input_ids;
-    const { data, dims: [rows, width] } = found.input_ids;
-    for (let row = 0; row < rows; row += 1) {
-      if (whole[row].length > width) {
-        data[(row + 1) * width - 1] = BigInt(whole[row].at(-1));
+    const options = { ...given, padding: true, truncation: true };
+    const found = tokenizer(texts, options);
+    const { data, dims } = found.input_ids;
+    const width = dims[1];
+    const whole = tokenizer(texts, { ...options, padding: false, truncation: false, return_tensor: false });
+    whole.input_ids.forEach((ids, row) => {
+      const start = row * width;
+      if (ids.length > width) {
+        data[start + width - 1] = BigInt(ids.at(-1));
       }
-      const ids = Array.from(data.slice(row * width, (row + 1) * width), Number);
-      const seen = found.attention_mask.data.slice(row * width, (row + 1) * width);
-      tokenIds.push(ids.filter((_, place) => seen[place]));
-    }
+      const seen = found.attention_mask.data.slice(start, start + width);
+      tokenIds.push(Array.from(data.slice(start, start + width), Number).filter((_, place) => seen[place]));
+    });
     return found;
   };
 }
@@ -69,7 +71,8 @@ async function scores() {
   for (const pairs of batches(request.inputs, BATCH)) {
     const single = !Array.isArray(pairs[0]);
     const first = single ? pairs : pairs.map((pair) => pair[0]);
-    const second = single ? null : pairs.map((pair) => pair[1]);
+    // An empty string counts as no second text; an object with one in it does not.
+    const second = single ? null : pairs.map((pair) => new String(pair[1]));
     outputs.push(...(await model(tokens(first, { text_pair: second }))).logits.tolist());
   }
   return outputs;

@@ -31,6 +31,8 @@ NEEDS = Needs(packages=("onnx", "onnxscript", "onnxruntime"))
 OPTIONS = {"dtype": tuple(FILES), "exporter": ("dynamo", "torchscript")}
 # A rounded model that is further off than this is another model.
 WORST = {"fp16": 0.999, "int8": 0.9}
+# A file of protobuf holds 2 GiB, and a graph more than its weights.
+_ONE_FILE = 2**31 - 2**27
 
 
 class Graph(nn.Module):
@@ -70,7 +72,11 @@ def write_graph(model: Any, path: Path, *, dynamo: bool) -> None:
     axes = {name: open_axes for name in names}
     for name in gives:
         axes[name] = open_axes if name == "last_hidden_state" else {0: "batch"}
-    shapes: Any = {"dynamic_shapes": ((open_axes,) * len(names),)} if dynamo else {"dynamic_axes": axes}
+    shapes: Any = {"dynamic_axes": axes}
+    if dynamo:
+        # By itself it puts weights of any size in a second file, which a browser is not told of.
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        shapes = {"dynamic_shapes": ((open_axes,) * len(names),), "external_data": size > _ONE_FILE}
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of tracing: what comes out is compared below, whatever it warned of
@@ -163,7 +169,8 @@ def int8(request: ExportRequest) -> Sequence[Path]:
 def transformers_js(request: ExportRequest) -> Sequence[Path]:
     """What transformers.js loads with dtype "fp32", "fp16" or "q8"."""
     check_options("transformers-js", request.options, OPTIONS)
-    return build(request, "transformers-js", request.options.get("dtype", "fp32,fp16,int8").split(","))
+    wanted = request.options.get("dtype", "fp32,fp16,int8").split(",")
+    return build(request, "transformers-js", wanted, runtime="transformers-js")
 
 
 def fastembed(request: ExportRequest) -> Sequence[Path]:
