@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from burnish import FastCrossEncoder, FastSentenceTransformer
+from burnish import FastClassifier, FastCrossEncoder, FastSentenceTransformer
 from burnish.core.testing.find import sample_config
 from burnish.core.testing.subject import enliven, quietly
 
@@ -78,16 +78,17 @@ def wide(name: str, minilm: Path, folder: Path) -> Path:
     return folder
 
 
-def save(name: str, minilm: Path, place: Path, *, ranker: bool = False) -> Path:
-    """The folder of a full model of embeddings, or of a reranker whose head is drawn at random."""
-    base = wide(name, minilm, place / "base")
+def save(name: str, minilm: Path, place: Path, *, kind: str = "embeddings") -> Path:
+    """The folder of a full model: of "embeddings", a "ranker" or one of three "classes", whose heads are random."""
+    base = str(wide(name, minilm, place / "base"))
     torch.manual_seed(1)
     with quietly():
-        if ranker:
-            model: Any = FastCrossEncoder.from_pretrained(str(base), device="cpu", num_labels=1, full_finetuning=True)
+        if kind == "ranker":
+            model: Any = FastCrossEncoder.from_pretrained(base, device="cpu", num_labels=1, full_finetuning=True)
+        elif kind == "classes":
+            labels = ["no", "may be", "yes"]
+            model = FastClassifier.from_pretrained(base, device="cpu", labels=labels, full_finetuning=True)
         else:
-            model = FastSentenceTransformer.from_pretrained(
-                str(base), device="cpu", prompts=PROMPTS, full_finetuning=True
-            )
+            model = FastSentenceTransformer.from_pretrained(base, device="cpu", prompts=PROMPTS, full_finetuning=True)
         model.save_pretrained(str(place / "model"))
     return place / "model"

@@ -1,0 +1,142 @@
+"""vLLM 0.32 on a CPU: every folder served by the page's command, and its answers compared with the golden ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from burnish.core import verifying
+from burnish.core.verifying import Verdict
+
+from . import vllm_server
+from .long_models import save
+from .vllm_server import Stopped, served
+
+pytestmark = [pytest.mark.exports, pytest.mark.long, pytest.mark.timeout(900)]
+Python = Callable[[str], Path]
+Note = Callable[..., None]
+EMPTY = "a pair whose second text is empty is scored as a single text, without the last separator"
+REFUSED = {
+    "distilbert": ("does not dispatch through the Transformers attention interface", "it has no DistilBERT"),
+    "mpnet": ("Model architectures ['MPNetModel'] are not supported", "it has no MPNet"),
+}
+
+
+def golden(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "golden.json").read_text())
+    return found
+
+
+def compared(reference: dict[str, Any], outputs: list[list[float]], cosine: float = verifying.COSINE) -> Verdict:
+    answer = {"versions": {"vllm": vllm_server.VERSION}, "outputs": outputs, "token_ids": None}
+    return verifying._compare("vllm", reference, answer, cosine, [])
+
+
+def asked_as_the_page_says(url: str, word: str, place: Path) -> Any:
+    (command,) = vllm_server.snippets("bash", word)
+    command = command.replace("localhost:8000", url.removeprefix("http://"))
+    done = subprocess.run(["sh", "-c", command], cwd=place, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["minilm", "gemma", "modernbert", "qwen3", "xlm_roberta"])
+def test_embeddings(name: str, minilm: Path, python: Python, note: Note, tmp_path: Path) -> None:
+    folder = save(name, minilm, tmp_path)
+    reference = golden(folder)
+    with served(python("vllm"), folder, tmp_path / "server") as url:
+        verdict = compared(reference, vllm_server.embeddings(url, reference["texts"]))
+        longest = max(len(ids) for ids in reference["token_ids"])
+        for text, ids in zip(reference["texts"], reference["token_ids"], strict=True):
+            found = vllm_server.tokens(url, text)
+            assert found == ids if len(ids) < longest else len(found) > longest, text
+        if name == "minilm":
+            the_page_s_snippets(url, reference, python, tmp_path / "server")
+    note("vllm", name, verdict)
+    assert verdict.good and verdict.rank == 1.0 and verdict.difference < 1e-5, verdict
+
+
+def the_page_s_snippets(url: str, reference: dict[str, Any], python: Python, place: Path) -> None:
+    text = "find this: Which planet is known as the Red Planet?"
+    wanted = reference["outputs"][reference["texts"].index(text)]
+    found = asked_as_the_page_says(url, "/v1/embeddings", place)["data"][0]["embedding"]
+    assert np.allclose(found, wanted, atol=1e-5)
+    (code,) = vllm_server.snippets("python", "OpenAI")
+    code = code.replace("http://localhost:8000", url) + "\nprint(answer.data[0].embedding)\n"
+    variables = vllm_server.environment(place)
+    command = [str(python("vllm")), "-c", code]
+    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    length, vector = done.stdout.strip().splitlines()
+    assert int(length) == len(wanted) and np.allclose(json.loads(vector), wanted, atol=1e-5)
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        vllm_server.post(url, "/v1/embeddings", input="planet " * 300)
+
+
+@pytest.mark.parametrize("name", ["minilm", "modernbert", "qwen3", "xlm_roberta"])
+def test_rerankers(name: str, minilm: Path, python: Python, note: Note, tmp_path: Path) -> None:
+    folder = save(name, minilm, tmp_path, kind="ranker")
+    reference = golden(folder)
+    empty = [place for place, pair in enumerate(reference["inputs"]) if not pair[1]]
+    whole = [place for place, pair in enumerate(reference["inputs"]) if pair[1]]
+    kept = {key: [reference[key][place] for place in whole] for key in ("inputs", "outputs", "token_ids")}
+    with served(python("vllm"), folder, tmp_path / "server") as url:
+        verdict = compared({**reference, **kept}, vllm_server.scores(url, kept["inputs"]))
+        for place in empty:
+            first, second = reference["inputs"][place]
+            used = vllm_server.post(url, "/rerank", query=first, documents=[second])["usage"]["prompt_tokens"]
+            assert used < len(reference["token_ids"][place]), "then what is noted of empty texts has had its day"
+        if name == "minilm":
+            first, second = kept["inputs"][0]
+            found = asked_as_the_page_says(url, "/rerank", tmp_path / "server")["results"][0]
+            wanted = 1 / (1 + np.exp(-np.ravel(kept["outputs"][0])[0]))
+            assert found["document"]["text"] == second and abs(found["relevance_score"] - wanted) < 1e-5
+    assert len(empty) == 2 and len(whole) >= 14
+    note("vllm", name, verdict, what=f"{name} ranker", reason=EMPTY)
+    assert verdict.good and verdict.difference < 1e-4, verdict
+
+
+def test_classes(minilm: Path, python: Python, note: Note, tmp_path: Path) -> None:
+    folder = save("minilm", minilm, tmp_path, kind="classes")
+    reference = golden(folder)
+    texts = [text for text in reference["inputs"] if isinstance(text, str)]
+    assert len(texts) == len(reference["inputs"])
+    with served(python("vllm"), folder, tmp_path / "server") as url:
+        verdict = compared(reference, vllm_server.classes(url, texts))
+        found = asked_as_the_page_says(url, "/classify", tmp_path / "server")["data"][0]["probs"]
+    assert len(found) == 3 and abs(sum(found) - 1) < 1e-5
+    note("vllm", "minilm", verdict, what="minilm classes")
+    assert verdict.good and verdict.difference < 1e-4, verdict
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_it_does_not_read(name: str, minilm: Path, python: Python, note: Note, tmp_path: Path) -> None:
+    words, reason = REFUSED[name]
+    with pytest.raises(Stopped) as stopped, served(python("vllm"), save(name, minilm, tmp_path), tmp_path / "server"):
+        pass
+    assert words in str(stopped.value)
+    note("vllm", name, "refused", reason=reason, version=vllm_server.VERSION)
+
+
+def test_another_pooling_is_found_and_so_is_rounding(minilm: Path, python: Python, note: Note, tmp_path: Path) -> None:
+    folder = save("minilm", minilm, tmp_path)
+    reference = golden(folder)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    pooling = json.loads((other / "1_Pooling" / "config.json").read_text())
+    changed = {**pooling, "pooling_mode": "cls", "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (other / "1_Pooling" / "config.json").write_text(json.dumps(changed))
+    with served(python("vllm"), other, tmp_path / "cls") as url:
+        verdict = compared(reference, vllm_server.embeddings(url, reference["texts"]))
+    assert verdict.cosine is not None and verdict.cosine < 0.99 and not verdict.good
+    with served(python("vllm"), folder, tmp_path / "auto", [("--dtype float32 ", "")]) as url:
+        verdict = compared(reference, vllm_server.embeddings(url, reference["texts"]), 0.99)
+    note("vllm", "minilm", verdict, what="minilm, --dtype auto", rounded=True)
+    assert verdict.cosine is not None and 0.99 < verdict.cosine < 0.99999
