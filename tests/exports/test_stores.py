@@ -33,7 +33,7 @@ Python = Callable[[str], Path]
 Note = Callable[..., None]
 PAGES = Path(__file__).parents[2] / "docs" / "serving"
 SCRIPTS = Path(consumers.__file__).parent
-STORES = ("faiss", "pgvector", "qdrant")
+STORES = ("faiss", "pgvector", "qdrant", "weaviate")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 PROMPTS = {"query": "find this: ", "document": ""}
 QUERY = "How long does a refund take?"
@@ -44,14 +44,17 @@ ROUNDED = 6e-5
 TIE = 2e-5
 _RUN = """
 import contextlib, io, json, os, sys
-sys.path.insert(0, sys.argv[1])
-jobs, name, said = json.load(open(sys.argv[2])), sys.argv[4], []
+sys.path[:0] = sys.argv[4:]
+jobs, said, name = json.load(open(sys.argv[1])), [], sys.argv[3]
 for folder, blocks in jobs:
     os.chdir(folder)
     with contextlib.ExitStack() as stack:
         if name == "pgvector":
             import postgres
             os.environ["PGHOST"] = stack.enter_context(postgres.server())
+        if name == "weaviate":
+            import weaviate_stand_in
+            stack.enter_context(weaviate_stand_in.standing_in())
         names, heard = {"__name__": "__main__"}, []
         for block in blocks:
             text = io.StringIO()
@@ -61,7 +64,7 @@ for folder, blocks in jobs:
         if "connection" in names:
             names["connection"].close()
         said.append(heard)
-json.dump(said, open(sys.argv[3], "w"))
+json.dump(said, open(sys.argv[2], "w"))
 """
 
 
@@ -126,7 +129,8 @@ def snippets(page: str) -> list[str]:
 def run_page(name: str, python: Python, jobs: Sequence[tuple[Path, Sequence[str]]], place: Path) -> list[list[str]]:
     """What each block of each job prints, run in one process of the page's own environment."""
     (place / "jobs").write_text(json.dumps([(str(folder), list(texts)) for folder, texts in jobs]))
-    command = [str(python(name)), "-c", _RUN, str(SCRIPTS), str(place / "jobs"), str(place / "said"), name]
+    files = [str(place / "jobs"), str(place / "said")]
+    command = [str(python(name)), "-c", _RUN, *files, name, str(SCRIPTS), str(Path(__file__).parent)]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[list[str]] = json.loads((place / "said").read_text())
@@ -143,15 +147,38 @@ def right(said: str, wanted: Mapping[str, float], count: int = 5) -> bool:
     return ordered and len(dict(lines)) == count and wanted[lines[-1][0]] >= last - TIE
 
 
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the scripts that `verify` runs. Weaviate's finds what stands in for a server."""
+    folder = tmp_path / "scripts"
+    shutil.copytree(SCRIPTS, folder)
+    shutil.copy(Path(__file__).with_name("weaviate_stand_in.py"), folder)
+    script, start = folder / "with_weaviate.py", "    main()\n"
+    assert script.read_text().endswith(start)
+    standing = "    from weaviate_stand_in import standing_in\n\n    with standing_in():\n        main()\n"
+    script.write_text(script.read_text().removesuffix(start) + standing)
+    monkeypatch.setattr(runtimes, "_SCRIPTS", folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", ["minilm", *SIMILARITIES])
 @pytest.mark.parametrize("store", STORES)
 def test_a_store_finds_the_golden_neighbours(
-    store: str, name: str, models: dict[str, Path], python: Python, note: Note
+    store: str, name: str, models: dict[str, Path], python: Python, note: Note, scripts: Path
 ) -> None:
     verdict = verify(models[name], store, python=python(store))
     assert verdict.good and verdict.rank == 1.0 and verdict.cosine and verdict.cosine > 1 - 1e-6, verdict
     assert page_names(store, verdict)
-    note(store, "bert", verdict, what=f"{name}, not of length 1" if name != "minilm" else name)
+    what = name if name == "minilm" else f"{name}, not of length 1"
+    if store == "weaviate":  # no server of its own ran
+        note(store, "bert", "static", version=verdict.versions[store], what=what)
+    else:
+        note(store, "bert", verdict, what=what)
+
+
+def test_without_a_server_weaviate_says_so(models: dict[str, Path], python: Python) -> None:
+    with pytest.raises(ModelError, match="no server of Weaviate answers on this machine"):
+        verify(models["minilm"], "weaviate", python=python("weaviate"))
 
 
 @pytest.mark.parametrize("name", ["minilm", "cosine", "reranker"])
@@ -164,7 +191,7 @@ def test_langchain_computes_the_model(name: str, models: dict[str, Path], python
 
 def page_names(consumer: str, verdict: Verdict) -> bool:
     """Whether the page says the version that was verified."""
-    return f" {verdict.versions[consumer]}" in (PAGES / f"{consumer}.md").read_text().partition("Verified")[2]
+    return f" {verdict.versions[consumer]}" in (PAGES / f"{consumer}.md").read_text().partition("\n## How it is ")[2]
 
 
 BROKEN = {
@@ -175,22 +202,20 @@ BROKEN = {
     "pgvector, another class": ("dot", '("<#>", "vector_ip_ops")', '("<#>", "vector_cosine_ops")'),
     "qdrant, another distance": ("dot", "Distance.DOT", "Distance.COSINE"),
     "qdrant, another sign": ("manhattan", "sign = -1", "sign = 1"),
+    "weaviate, another distance": ("dot", "VectorDistances.DOT", "VectorDistances.COSINE"),
+    "weaviate, squares": ("euclidean", "-(max(distance, 0) ** 0.5)", "-distance"),
     "langchain, the document's prompt": ("minilm", "query_encode_kwargs=options,", ""),
     "langchain, after the activation": ("reranker", ', "activation_fn": torch.nn.Identity()', ""),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_is_set_up_wrong_is_found(
-    what: str, models: dict[str, Path], python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_set_up_wrong_is_found(what: str, models: dict[str, Path], python: Python, scripts: Path) -> None:
     consumer = what.partition(",")[0]
     name, was, instead = BROKEN[what]
-    shutil.copytree(SCRIPTS, tmp_path / "scripts")
-    script = tmp_path / "scripts" / f"with_{consumer}.py"
+    script = scripts / f"with_{consumer}.py"
     assert script.read_text().count(was) == 1
     script.write_text(script.read_text().replace(was, instead))
-    monkeypatch.setattr(runtimes, "_SCRIPTS", tmp_path / "scripts")
     if what == "pgvector, another class":
         with pytest.raises(ModelError, match="makes no use of an index with vector_cosine_ops for <#>"):
             verify(models[name], consumer, python=python(consumer))
@@ -214,7 +239,7 @@ def test_the_page_and_the_script_have_one_table(consumer: str) -> None:
         assert named and all(name in said for name in named), (similarity, named, said)
 
 
-@pytest.mark.parametrize("consumer", ["faiss", "qdrant"])
+@pytest.mark.parametrize("consumer", ["faiss", "qdrant", "weaviate"])
 def test_pages_of_stores(consumer: str, shelves: dict[str, Shelf], python: Python, tmp_path: Path) -> None:
     texts = snippets(consumer)
     jobs = [*((shelf.folder, texts) for shelf in shelves.values()), (shelves["minilm"].folder, without_prompt(texts))]
