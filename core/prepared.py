@@ -29,6 +29,7 @@ from .provenance import Provenance
 from .quantised import check_intact, settle
 from .recall import recall
 from .tables import base_folder, store_tables, undo_tables
+from .walks import Walked
 
 if TYPE_CHECKING:
     from typing import Self
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .card_facts import CardFacts
 
 
-class Prepared(BaseModel):
+class Prepared(Walked, BaseModel):
     """Goes before a model class of Sentence Transformers among the bases of a class of ours.
 
     `burnish` is what was done to the model, None where there was nothing to do. `trained_with` is what the loaded

@@ -1,0 +1,45 @@
+"""A model's own walks over its modules, for the trainer, which makes three in every step.
+
+torch's are generators within generators: with an adapter on each linear layer of bge-m3 (1,900 modules) the three took
+5 ms of the host, a fifth of a step whose forward and backward are graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+from torch import nn
+
+
+class Walked(nn.Module):
+    """Goes among the bases of a model. What its methods give and do is what `nn.Module`'s give and do."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Every parameter once, in the order of `named_parameters`."""
+        if not recurse:
+            return super().parameters(recurse=False)
+        found: dict[nn.Parameter, None] = {}
+        for module in _modules(self):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    found.setdefault(parameter)
+        return iter(found)
+
+    def train(self, mode: bool = True) -> Self:
+        """Put every module into training mode, or out of it; nothing is done where all are there already."""
+        if all(module.training is mode for module in _modules(self)):
+            return self
+        return super().train(mode)
+
+
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """Every module once, each before those in it."""
+    found: dict[nn.Module, None] = {}
+    left = [root]
+    while left:
+        module = left.pop()
+        if module not in found:
+            found[module] = None
+            left.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return list(found)
