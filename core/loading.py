@@ -198,6 +198,23 @@ def saved_task(name: str, **hub: Any) -> str:
     return str(settings.get("transformer_task", EMBED))
 
 
+def settings_of_base(name: str, given: Mapping[str, Any] | None, **hub: Any) -> dict[str, Any]:
+    """What an adapter's folder, and whoever loads it, say of its base model's config, for `from_pretrained` of a model.
+
+    Sentence Transformers before 6.2 hands none of it on: a base without a head would get one of two labels. Nothing
+    from that version on, and of a folder that is no adapter's.
+    """
+    import sentence_transformers
+    from packaging.version import Version
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.util import load_file_path
+
+    handed_on = Version(sentence_transformers.__version__) >= Version("6.2")
+    if handed_on or load_file_path(name, "adapter_config.json", **hub) is None:
+        return {}
+    return {**Transformer.load_config(name, **hub).get("config_kwargs", {}), **(given or {})}
+
+
 def _first_module(modules_json: str) -> dict[str, Any]:
     first: dict[str, Any] = json.loads(Path(modules_json).read_text(encoding="utf-8"))[0]
     return first

@@ -15,7 +15,7 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 
 from . import saving
-from .adapters import adapter_base, mend_saved, read_adapter, split_saved
+from .adapters import adapter_base, mend_saved, read_adapter, reads_saved_modules, split_saved
 from .errors import ConfigError
 from .files import atomic_folder
 from .hub import push_as_stock
@@ -108,16 +108,17 @@ class Prepared(Walked, BaseModel):
         if settings := keywords["model_kwargs"].get("quantization_config"):
             keywords["model_kwargs"]["quantization_config"] = self._spare_head(settings, repository, task, trust)
         modules: tuple[Any, dict[str, Any]] = super()._load_modules(model_name_or_path, *args, **keywords)
-        if decision.options.purpose != "inference":
-            first = modules[0][0] if isinstance(modules[0], list) else next(iter(modules[0].values()))
+        trains = decision.options.purpose != "inference"
+        first = modules[0][0] if isinstance(modules[0], list) else next(iter(modules[0].values()))
+        hub["cache_dir"] = hub.pop("cache_folder")
+        if trains:
             self._meet(first)
             settle(first.model, decision.precision, fresh=True)
-            hub["cache_dir"] = hub.pop("cache_folder")
-            if repository.base is not None:
-                read_adapter(first.model, model_name_or_path, **hub)
-            if decision.options.embedding_storage is not None:  # before the model goes to its device
-                folder = base_folder(repository.config, repository.base, hub["cache_dir"])
-                store_tables(first.model, decision, folder)
+        if repository.base is not None and (trains or not reads_saved_modules()):
+            read_adapter(first.model, model_name_or_path, **hub)
+        if trains and decision.options.embedding_storage is not None:  # before the model goes to its device
+            folder = base_folder(repository.config, repository.base, hub["cache_dir"])
+            store_tables(first.model, decision, folder)
         return modules
 
     def _task_of(self, repository: Repository, hub: Mapping[str, Any]) -> str:
