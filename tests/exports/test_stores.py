@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -21,12 +21,14 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from sentence_transformers.util import SimilarityFunction
 
 from burnish import FastCrossEncoder, FastSentenceTransformer
-from burnish.core import consumers, runtimes
+from burnish.core import consumers, golden, runtimes
 from burnish.core.errors import ModelError
 from burnish.core.testing.subject import enliven, quietly
 from burnish.core.verifying import Verdict, verify
 
 from ..pages import blocks
+from .conftest import FAMILIES
+from .heads import HEADS, save
 
 pytestmark = [pytest.mark.exports, pytest.mark.timeout(900)]
 Python = Callable[[str], Path]
@@ -176,6 +178,16 @@ def test_a_store_finds_the_golden_neighbours(
         note(store, "bert", verdict, what=what)
 
 
+def test_an_index_of_cosines_leaves_zeros_out(models: dict[str, Path], python: Python, tmp_path: Path) -> None:
+    shutil.copytree(models["cosine"], tmp_path / "model")
+    file = tmp_path / "model" / "golden.json"
+    found = json.loads(file.read_text())
+    found["outputs"][1] = [0.0] * len(found["outputs"][1])
+    file.write_text(json.dumps(found))
+    with pytest.raises(ModelError, match=r"the index with vector_cosine_ops finds (\d+) of"):
+        verify(tmp_path / "model", "pgvector", python=python("pgvector"))
+
+
 def test_without_a_server_weaviate_says_so(models: dict[str, Path], python: Python) -> None:
     with pytest.raises(ModelError, match="no server of Weaviate answers on this machine"):
         verify(models["minilm"], "weaviate", python=python("weaviate"))
@@ -187,6 +199,56 @@ def test_langchain_computes_the_model(name: str, models: dict[str, Path], python
     assert verdict.good and verdict.difference <= 1e-5, verdict
     assert page_names("langchain", verdict)
     note("langchain", "bert", verdict, what=name)
+
+
+def test_langchain_reads_every_family(
+    saved: dict[str, Path], minilm: Path, read_all: Callable[..., dict[str, Verdict | str]], note: Note, tmp_path: Path
+) -> None:
+    folders = {name: saved[f"{name} merged"] for name in FAMILIES}
+    for name in (name for name in HEADS if name.endswith("ranker")):
+        folders[name] = save(name, minilm, tmp_path / name.split()[0])[f"{name} merged"]
+    assert len(folders) == 14
+    for name, verdict in read_all("langchain", "langchain", folders).items():
+        assert isinstance(verdict, Verdict) and verdict.good and verdict.difference <= 1e-5, (name, verdict)
+        note("langchain", name.split()[0], verdict, what=f"{name} merged")
+
+
+def test_what_langchain_does_to_line_ends_is_found(python: Python, tmp_path: Path) -> None:
+    folder = with_line_ends(tmp_path)
+    assert verify(folder).good
+    verdict = verify(folder, "langchain", python=python("langchain"))
+    assert verdict.cosine and verdict.cosine < 0.999 and "below 0.9999" in verdict.faults[0], verdict
+
+
+def with_line_ends(place: Path) -> Path:
+    """A model whose tokenizer has a token of its own for the end of a line, as no BERT's has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(golden.TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    kind: Any = PreTrainedTokenizerFast
+    whole = kind(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=64
+    )
+    config = BertConfig(
+        vocab_size=len(whole), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    model = BertModel(config)
+    enliven(model)
+    model.save_pretrained(place / "base")
+    whole.save_pretrained(place / "base")
+    with quietly():
+        tuned = FastSentenceTransformer.from_pretrained(str(place / "base"), full_finetuning=True, device="cpu")
+    tuned.save_pretrained(str(place / "saved"))
+    return place / "saved"
 
 
 def page_names(consumer: str, verdict: Verdict) -> bool:
