@@ -45,8 +45,13 @@ def test_the_mode_reaches_every_module_whatever_one_of_them_was_in(mode: bool) -
 
 def test_nothing_is_done_where_all_are_there_already() -> None:
     tree = Tree().eval()
-    calls = []
-    tree.layers[0].train = lambda mode=True: calls.append(mode)  # type: ignore[method-assign, assignment]
+    calls: list[bool] = []
+
+    def told(mode: bool = True) -> nn.Module:
+        calls.append(mode)
+        return tree.layers[0]
+
+    tree.layers[0].train = told  # type: ignore[method-assign]
     tree.eval()
     assert not calls
     tree.train()
