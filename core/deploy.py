@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from . import dimensions
 from .environment import versions
 from .errors import ModelError
 
@@ -86,7 +87,7 @@ def describe(model: Any, folder: Path) -> Description:
         "max_seq_length": _longest(model),
         "dimensions": None if scores else _width(model),
         "truncate_dim": getattr(model, "truncate_dim", None),
-        "matryoshka_dimensions": list(getattr(config, "matryoshka_dimensions", None) or ()),
+        dimensions.KEY: dimensions.of_config(config),
         "dtype": _dtype(model, folder),
     }
 

@@ -16,8 +16,8 @@ from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling as PoolingModule
 from torch import nn
 
-from . import saving
-from .adapters import freeze_after_pooling
+from . import dimensions, saving
+from .adapters import adapter_base, freeze_after_pooling
 from .errors import ConfigError
 from .exportable import Exportable
 from .inputs import prompt_notes, texts_as_they_are
@@ -43,6 +43,7 @@ class SentenceTransformer(Exportable, Stock):
     stock = Stock
     _pooling_source = "as given"
     _texts_notes: tuple[tuple[str, str], ...] = ()
+    _saved_dimensions: tuple[int, ...] = ()
 
     def _task_of(self, repository: Repository, hub: Mapping[str, Any]) -> str:
         self._pooling_source = "modules.json"
@@ -75,6 +76,8 @@ class SentenceTransformer(Exportable, Stock):
             _check_width(wanted, self.get_embedding_dimension())
             self.truncate_dim = wanted
         super()._prepare()
+        if self._saved_dimensions and self.config is not None:
+            dimensions.set_on(self.config, self._saved_dimensions)
 
     def _finish(self, preparation: Preparation, *, bare: bool) -> None:
         preparation.pooling = describe_pooling(self, self._pooling_source)
@@ -85,6 +88,15 @@ class SentenceTransformer(Exportable, Stock):
             if preparation.decision.base is not None:
                 preparation.notes += [("after pooling", line) for line in freeze_after_pooling(self, frozenset())]
             preparation.notes += [*self._texts_notes, *prompt_notes(self, self._given_prompts, bare=bare)]
+
+    def _get_model_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = super()._get_model_config()
+        found = dimensions.of_config(self.config) if adapter_base(self.transformers_model) is not None else []
+        return {**config, dimensions.KEY: found} if found else config
+
+    def _parse_model_config(self, model_config: dict[str, Any]) -> None:
+        super()._parse_model_config(model_config)
+        self._saved_dimensions = tuple(model_config.get(dimensions.KEY) or ())
 
     def merged(self, save_method: str | None = None) -> Stock:
         """A plain SentenceTransformer with the adapter folded in; this model keeps its adapter and can train on.

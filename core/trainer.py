@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments as StockA
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from . import stream
+from . import dimensions, stream
 from .arguments import TrainingArguments as TrainingArguments
 from .cached import PARKED, cached_step, in_parts, loss_of
 from .errors import ConfigError
@@ -116,7 +116,9 @@ class Trainer(SteppingTrainer, StockTrainer):
         return preparation.decision.options.activation_budget_gb is None
 
     def train(self, *args: Any, **keywords: Any) -> Any:
-        """Train, as `SentenceTransformerTrainer.train`."""
+        """Train, as `SentenceTransformerTrainer.train`. The widths of a MatryoshkaLoss are saved with the model."""
+        if (widths := dimensions.trained_for(self._losses())) and self.model.config is not None:
+            dimensions.set_on(self.model.config, widths)
         undo = self._tile_losses()
         try:
             return super().train(*args, **keywords)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import deploy
+from .. import deploy, dimensions
 from ..contracts import ExporterSpec, ExportRequest
 from ..errors import ConfigError, ModelError
 from ..hookspecs import hookimpl
@@ -81,6 +81,9 @@ def matryoshka(request: ExportRequest) -> Sequence[Path]:
         what = f"{asked!r} is not a number from 1 to {width - 1}"
         raise ConfigError(what, where="--target matryoshka:N", fix=f"The model has {width} dimensions")
     short = shortened(model, int(asked))
+    if short.config is not None:
+        kept = [one for one in dimensions.of_config(short.config) if one <= int(asked)]
+        dimensions.set_on(short.config, kept)
     short.save(str(request.output))
     make_compatible(request.output, family, tokenizer_inputs(short))
     deploy.write(short, request.output)
