@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
+from .card_exports import complete_export
 from .contracts import CommandSpec, ExporterSpec, ExportRequest
 from .discovery import Plugin
 from .errors import BurnishError, ConfigError, ModelError, PluginError
@@ -49,6 +50,7 @@ def export_folder(source: Path, output: Path, target: str, options: Sequence[str
         given = _options(options) | ({spec.argument: argument} if colon else {})
         request = ExportRequest(source=source, output=staging, options=given)
         names = _guarded(plugin, lambda: [Path(file).relative_to(staging) for file in spec.run(request)])
+        complete_export(source, staging)
     return [output / name for name in names]
 
 

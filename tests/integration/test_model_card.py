@@ -60,7 +60,7 @@ def check(folder: Path, *named: str) -> None:
         str(folder.parent) not in text
         and "{{" not in text
         and "{%" not in text
-        and "None" not in part(folder, "serving").replace("[..., None]", "")
+        and "None" not in part(folder, "serving").replace("[..., None]", "").replace("query[None]", "")
     )
     assert "\n\n\n" not in text and text.count("```") % 2 == 0 and text.count("<details>") == text.count("</details>")
 
@@ -121,10 +121,16 @@ def test_its_snippets_compute_the_model(trained: Any) -> None:
     assert namespace["similarities"].shape == (1, 2)
     # What cannot be run here holds the model's own prompts and lengths all the same.
     serving = part(folder / "merged", "serving")
-    assert "--max-model-len 64" in serving and "--embeddings --pooling mean -c 64" in serving
+    assert "--max-model-len 64" in serving and "--embeddings -c 64 -b 64 -ub 64" in serving
     bodies = [json.loads(line.split(" -d ")[1].strip("'")) for line in serving.splitlines() if line.startswith("curl")]
-    assert [body.get("inputs", body.get("input")) for body in bodies] == [f'query of "me": {QUESTION}'] * 2
-    assert serving.count('"prompt": "query of \\"me\\": "') == 1 == serving.count('"prompt": "text: "')
+    inputs = [body.get("inputs", body.get("input")) for body in bodies]
+    assert [one[0] if isinstance(one, list) else one for one in inputs] == [f'query of "me": {QUESTION}'] * 4
+    prompted = json.dumps(f'query of "me": {QUESTION}')
+    assert serving.count(prompted) == 9, "those four, and in transformers and the four that take a graph"
+    assert 'encode_kwargs={"prompt_name": "document"}' in serving
+    assert 'query_encode_kwargs={"prompt_name": "query"}' in serving
+    for title in ("FAISS", "pgvector", "Qdrant", "Weaviate"):
+        compile(snippet(folder / "merged", title), title, "exec")
 
 
 @pytest.mark.parametrize("mode", ["cls", "max", "lasttoken", "weightedmean", "mean"])
@@ -139,8 +145,8 @@ def test_each_pooling(mode: str, tiny_bert: Path, load: Make, tmp_path: Path) ->
     model._model_card_text = None
     model.save_pretrained(str(tmp_path / "saved"))
     if mode == "weightedmean":
-        assert "transformers alone does not pool like this (weightedmean)" in part(tmp_path / "saved", "serving")
-        assert "it has no pooling weightedmean" in part(tmp_path / "saved", "serving")
+        assert "Alone it does not pool like this (weightedmean)" in part(tmp_path / "saved", "serving")
+        assert "It has no pooling weightedmean" in part(tmp_path / "saved", "serving")
         return
     vectors = run_snippet(tmp_path / "saved")["vectors"].numpy()
     assert abs(vectors - model.encode([QUESTION, ANSWER])).max() <= 1e-5
@@ -156,7 +162,7 @@ def test_a_rerankers_card(tiny_bert: Path, tmp_path: Path) -> None:
     assert abs(logits.sigmoid().numpy().ravel() - wanted).max() <= 1e-6
     serving = part(tmp_path / "merged", "serving")
     assert "print(logits.sigmoid())" in serving and "/rerank" in serving
-    assert "the converter drops the pooler" in serving, "what is known to come out wrong is offered"
+    assert "The converter drops the pooler" in serving, "what is known to come out wrong is offered"
     assert "A [Sentence Transformers](https://www.sbert.net) cross-encoder that gives one score" in card(
         tmp_path / "merged"
     )
@@ -175,7 +181,7 @@ def test_a_classifiers_card(tiny_bert: Path, tmp_path: Path) -> None:
     assert abs(made["logits"].softmax(1).numpy() - model.predict_proba([ANSWER])).max() <= 1e-6
     serving = part(tmp_path / "full", "serving")
     assert "Classes: no, yes." in serving and "print(logits.softmax(dim=1))" in serving and "/classify" in serving
-    assert "LangChain has no interface for classifiers" in serving
+    assert "It has no interface for classifiers" in serving
     assert "held out: 16 texts." in part(tmp_path / "full", "results") and "| Accuracy | **" in card(tmp_path / "full")
     usage = card(tmp_path / "full").split("## How to use it")[1].split("```python")[1].split("```")[0]
     shown: list[dict[str, float]] = []

@@ -12,7 +12,7 @@ import pytest
 
 from burnish.core import card_serving
 from burnish.core.card_facts import CardFacts, Cost, _processor_limit
-from burnish.core.card_serving import _gguf, _only_here, state
+from burnish.core.card_serving import _gguf, _only_here, obstacles, state
 from burnish.core.class_metrics import measure
 from burnish.core.contracts import Exports
 from burnish.core.errors import ConfigError
@@ -87,26 +87,57 @@ def test_results_that_are_none() -> None:
     assert not facts.results
 
 
+def run(state: str, *versions: str, reasons: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"state": state, "versions": list(versions), "date": "2026-11-26", "reasons": list(reasons)}
+
+
 def test_states_are_what_was_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"schema": 1, "runs": {
-        "vllm": {"bert embeddings": {"state": "verified", "version": "0.32.0", "date": "2026-11-26"}},
-        "tei": {"bert scores": {"state": "static", "version": "1.9", "date": "2026-11-26"}},
+    table = {"schema": 2, "runs": {
+        "vllm": {"bert embeddings": run("verified", "0.32.0"), "bert scores": run("verified", "0.32.0", reasons=("a",)),
+                 "mpnet embeddings": run("refused", "0.32.0", reasons=("it has no MPNet",))},
+        "tei": {"bert scores": run("static", "1.9")},
+        "transformers": {"bert embeddings": run("verified", "4.48.3", "4.57.6", "5.23.0")},
+        "faiss": {"bert embeddings": run("verified", "1.15.1")},
     }}  # fmt: skip
     (tmp_path / "table.json").write_text(json.dumps(table))
     monkeypatch.setattr(card_serving, "VERIFIED", tmp_path / "table.json")
     assert state("vllm", "bert", "embeddings") == "verified with 0.32.0, 2026-11-26"
+    assert state("vllm", "bert", "scores") == "verified with 0.32.0, 2026-11-26 (a)"
     assert state("tei", "bert", "scores") == "statically checked against 1.9, 2026-11-26"
-    assert state("vllm", "bert", "scores") == state("vllm", "qwen3", "embeddings") == "untested"
+    assert state("transformers", "bert", "embeddings") == "verified with 4.48.3, 4.57.6 and 5.23.0, 2026-11-26"
+    assert state("vllm", "qwen3", "scores") == state("vllm", "qwen3", "embeddings") == "untested"
+    # A store is given vectors: which family computed them is nothing to it.
+    assert state("faiss", "qwen3", "embeddings") == "verified with 1.15.1, 2026-11-26"
+    assert state("faiss", "qwen3", "scores") == "untested"
+    known = Exports(gguf=None)
+    embeddings: dict[str, Any] = {"kind": "embeddings", "dense": [], "include_prompt": True}
+    found = obstacles(embeddings, "mpnet", known, pooling="mean", code="x", classes=False)
+    assert found["vllm"] == "it has no MPNet" and "llama.cpp" in found and "tei" not in found
+
+
+def test_who_does_not_compute_a_model() -> None:
+    def of(kind: str = "embeddings", dense: int = 0, classes: bool = False, pooling: str = "mean") -> set[str]:
+        found: dict[str, Any] = {"kind": kind, "dense": [{}] * dense, "include_prompt": True}
+        code = "code" if pooling == "mean" else ""
+        return set(obstacles(found, "none", Exports(gguf="bert"), pooling=pooling, code=code, classes=classes))
+
+    assert of() == set()
+    assert of(dense=1) == {"transformers", "tei", "fastembed"}
+    assert of(pooling="weightedmean") == {"transformers", "tei", "llama.cpp", "ollama", "fastembed"}
+    assert of(kind="scores") == {"ollama"}
+    assert of(kind="scores", classes=True) == {"langchain", "llama.cpp", "ollama", "fastembed"}
 
 
 def test_the_table_that_is_shipped_is_one() -> None:
     table = json.loads(card_serving.VERIFIED.read_text(encoding="utf-8"))
-    assert table["schema"] == 1
+    assert table["schema"] == 2
     for consumer, families in table["runs"].items():
         assert consumer in card_serving.CONSUMERS
-        for name, run in families.items():
+        for name, known in families.items():
             assert name.rpartition(" ")[2] in ("embeddings", "scores")
-            assert run["state"] in ("verified", "static") and run["version"] and run["date"]
+            assert known["state"] in ("verified", "static", "refused") and known["date"]
+            assert known["versions"] or known["state"] == "refused"
+            assert known["reasons"] or known["state"] != "refused"
 
 
 def test_what_llama_cpp_computes_and_what_not() -> None:
@@ -127,7 +158,8 @@ def test_what_only_sentence_transformers_computes() -> None:
 
 @pytest.mark.parametrize("kind", ["embeddings", "scores"])
 @pytest.mark.parametrize("change", [
-    {}, {"normalize": False}, {"dense": [{"in": 8, "out": 4, "bias": True, "activation": None}]},
+    {}, {"normalize": False}, {"similarity": "manhattan"}, {"prompts": {"passage": "p: "}},
+    {"dense": [{"in": 8, "out": 4, "bias": True, "activation": None}]},
     {"pooling": ["cls", "mean"]}, {"include_prompt": False, "prompts": {"query": "q: "}}, {"max_seq_length": None},
     {"adapter_of": "org/base"}, {"labels": ["a", "b"]}, {"modules": ["StaticEmbedding"], "pooling": None},
 ])  # fmt: skip
@@ -140,6 +172,9 @@ def test_the_template_takes_every_model(
         "pooling": "mean" if kind == "embeddings" else None,
         "include_prompt": True,
         "normalize": True,
+        "similarity": "cosine" if kind == "embeddings" else None,
+        "dimensions": 8,
+        "truncate_dim": None,
         "dense": [],
         "activation": "torch.nn.Sigmoid",
         "labels": ["x"],
@@ -156,7 +191,8 @@ def test_the_template_takes_every_model(
         text = card_serving.section(model, served, tmp_path, used=used)
         assert (
             text.startswith("## Serving it")
-            and "None" not in text.replace("[..., None]", "")
+            and "None" not in text.replace("[..., None]", "").replace("query[None]", "")
             and "Undefined" not in text
         )
+        assert "{{" not in text and "{%" not in text and "\n\n\n" not in text
         assert text.count("```") % 2 == 0 and text.count("<details>") == text.count("</details>")
