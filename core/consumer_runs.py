@@ -50,10 +50,10 @@ class Environment:
                 what = f"{', '.join(names)} is not run by {program}"
                 raise ConfigError(what, where=f"{flag} {value}", fix="Leave it out, or name another --runtime")
 
-    def of(self, name: str) -> dict[str, Path | None]:
-        """What of it concerns one runtime, as `verify` takes it."""
+    def of(self, name: str) -> Environment:
+        """What of it concerns one runtime."""
         node = RUNTIMES[name].program == "node"
-        return {"node_modules": self.node_modules} if node else {"python": self.python}
+        return Environment(python=None if node else self.python, node_modules=self.node_modules if node else None)
 
 
 def run_script(name: str, request: dict[str, Any], environment: Environment) -> dict[str, Any]:
@@ -79,7 +79,8 @@ def run_script(name: str, request: dict[str, Any], environment: Environment) -> 
                 timeout=_SECONDS, check=False,
             )  # fmt: skip
         except OSError as error:
-            raise ConfigError(f"cannot be run ({error.strerror})", where=start[0], fix="Name a Python") from error
+            where, fix = ("node", "Install it again") if node else ("--python", "Name a Python")
+            raise ConfigError(f"cannot be run ({error.strerror})", where=where, fix=fix) from error
         except subprocess.TimeoutExpired as error:
             raise ModelError(f"{name} gave no answer in {_SECONDS} s", where=request["folder"]) from error
         if done.returncode == 0 and answered.exists():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import deploy, golden, neighbours
+from . import deploy, endpoint_scales, endpoints, golden, neighbours
 from .consumer_runs import Environment, run_script
 from .errors import ConfigError, ModelError
 from .runtimes import RUNTIMES
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from .endpoint_calls import Endpoint
 
 # Another order of summation moves a float32 vector by 1e-7 of its length; a wrong pooling or a lost prompt by 1e-2.
 COSINE = 0.9999
@@ -44,6 +46,7 @@ class Verdict:
         rank: Share of the pairs of results that are in the same order as by the golden ones; 1.0 if nothing is.
         tokens: Whether every input became the same tokens; None where the runtime does not tell.
         faults: What is not as it must be, one line each.
+        notes: What else has to be known, one line each.
     """
 
     runtime: str
@@ -54,6 +57,7 @@ class Verdict:
     rank: float
     tokens: bool | None
     faults: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def good(self) -> bool:
@@ -100,6 +104,30 @@ def verify(
     return replace(verdict, rank=rank, difference=difference, faults=(*verdict.faults, *faults))
 
 
+def verify_url(folder: Path, endpoint: Endpoint, *, cosine: float | None = None) -> Verdict:
+    """Ask a running server for what a folder's golden vectors hold, and compare.
+
+    Args:
+        folder: What the server serves, as Burnish saved or exported it.
+        endpoint: Where the server is, and how it is spoken to.
+        cosine: As in `verify`.
+
+    Raises:
+        ConfigError: If what the server speaks gives nothing of this kind.
+        ModelError: If the folder holds no golden vectors, or the server does not answer.
+    """
+    described = deploy.read(folder)
+    reference = _golden(folder, described)
+    asked = {key: reference.get(key) for key in ("kind", "inputs", "texts", "token_ids")}
+    answer = endpoints.answers(endpoint, {"folder": str(folder), "deploy": described, **asked})
+    reference, answer, notes = endpoint_scales.comparable(reference, answer)
+    if not answer["outputs"]:
+        raise ModelError(f"it refuses every input: {answer['notes'][0]}", where=endpoint.url)
+    wanted = cosine if cosine is not None else _expected(described, None)
+    verdict = _compare(endpoint.api, reference, answer, wanted, deploy.changed(folder, described))
+    return replace(verdict, notes=(*answer["notes"], *notes))
+
+
 def runtime_of(described: deploy.Description, asked: str | None = None) -> str:
     """The runtime that is asked for, or that a folder was made for.
 
@@ -140,10 +168,15 @@ def _compare(
         shapes = f"{theirs.shape[0]} x {theirs.shape[1]} numbers, not {ours.shape[0]} x {ours.shape[1]}"
         found.append(f"it gives {shapes}")
         theirs = np.full_like(ours, np.nan)
-    ours = ours[:, : theirs.shape[1]]  # a model that is cut to fewer dimensions gives the first ones
+    whole, ours = ours, ours[:, : theirs.shape[1]]  # a model that is cut to fewer dimensions gives the first ones
     difference = float(np.abs(ours - theirs).max())
     cosine = None if scores else float(_cosines(ours, theirs).min())
     tokens = _same_tokens(reference["token_ids"], answer["token_ids"])
+    if not scores and theirs.shape == whole.shape and endpoint_scales.unit(whole) and not endpoint_scales.unit(theirs):
+        lengths = np.linalg.norm(theirs, axis=1)
+        found.append(
+            f"its vectors are {lengths.min():.3g} to {lengths.max():.3g} long, and the model's are of length 1"
+        )
     if cosine is not None and not cosine >= wanted:
         found.append(f"the smallest cosine is {cosine:.6f}, below {wanted:.6f}")
     if scores and not difference <= SCORES * max(1.0, float(np.abs(ours).max())):

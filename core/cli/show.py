@@ -66,7 +66,7 @@ def verdicts(folder: Path, found: Sequence[Verdict]) -> None:
     rows = [
         (
             verdict.runtime,
-            ", ".join(f"{name} {version}" for name, version in verdict.versions.items()),
+            ", ".join(f"{name} {version}" for name, version in verdict.versions.items()) or "not told",
             "-" if verdict.cosine is None else f"{verdict.cosine:.6f}",
             f"{verdict.difference:.1e}",
             f"{verdict.rank:.1%}",
@@ -78,8 +78,8 @@ def verdicts(folder: Path, found: Sequence[Verdict]) -> None:
     headings = ("runtime", "versions", "smallest cosine", "largest difference", "same order", "tokens", "right")
     table(f"{folder}, {found[0].inputs} golden inputs", headings, rows)
     for verdict in found:
-        for fault in verdict.faults:
-            _console().print(Text(f"{verdict.runtime}: {fault}"))
+        for line in (*verdict.faults, *verdict.notes):
+            _console().print(Text(f"{verdict.runtime}: {line}"))
 
 
 def outcome(result: RunResult) -> None:

@@ -1,18 +1,29 @@
-"""`burnish verify`: a saved folder as another runtime reads it."""
+"""`burnish verify`: a saved folder as another runtime reads it, or as a running server answers for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..runtimes import RUNTIMES
+
+if TYPE_CHECKING:
+    from ..endpoint_calls import Endpoint
+    from ..verifying import Verdict
+
+_TOKEN = "BURNISH_URL_TOKEN"
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that Burnish saved or exported.")],
     runtime: Annotated[
         list[str] | None,
-        typer.Option(help="What reads it; left out, what it was made for. Repeat for more.", show_default=False),
+        typer.Option(
+            help=f"What reads it: {', '.join(RUNTIMES)}. Left out, what it was made for. Repeat for more.",
+            show_default=False,
+        ),
     ] = None,
     python: Annotated[
         Path | None, typer.Option(help="The Python that runs those of Python; left out, this one.", show_default=False)
@@ -24,22 +35,77 @@ def verify(
     variant: Annotated[
         str | None, typer.Option(help="A file in it in place of its main one.", show_default=False)
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Address of a running server to ask, in place of a runtime.", show_default=False)
+    ] = None,
+    api: Annotated[
+        str | None, typer.Option(help="What it speaks: openai, tei, ollama, cohere or vllm.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Its name for the model; left out, the only one it has.", show_default=False)
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar=_TOKEN, help=f"Its token; better in {_TOKEN}.", show_default=False, show_envvar=False),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds for one of its answers; left out, 60.", show_default=False)
+    ] = None,
     cosine: Annotated[float | None, typer.Option(help="The smallest cosine that is good.", show_default=False)] = None,
 ) -> None:
-    """Compare what runtimes make of a folder with its golden vectors. Ends with 1 where one does not compute the model.
+    """Compare what runtimes, or a running server, make of a folder with its golden vectors.
 
-    Runtimes: sentence-transformers, transformers, onnxruntime, openvino, fastembed, transformers-js."""
+    The exit code is 1 where one does not compute the model.
+
+    Example: `burnish verify saved --url http://127.0.0.1:8080 --api tei`
+    """
+    from ..verifying import verify_url
+    from .show import verdicts
+
+    one = {"--runtime": runtime, "--python": python, "--node-modules": node_modules, "--variant": variant}
+    other = {"--api": api, "--model": model, "--timeout": timeout}
+    if url is not None:
+        _refuse(one, "goes with runtimes, and --url names a server")
+        found = [verify_url(folder, _endpoint(url, api, model, token, timeout), cosine=cosine)]
+    else:
+        _refuse(other, "goes with a server, and no --url names one")
+        found = _by_runtimes(folder, runtime, python, node_modules, variant=variant, cosine=cosine)
+    verdicts(folder, found)
+    if not all(verdict.good for verdict in found):
+        raise typer.Exit(1)
+
+
+def _by_runtimes(
+    folder: Path, asked: list[str] | None, python: Path | None, node_modules: Path | None, **more: Any
+) -> list[Verdict]:
     from ..consumer_runs import Environment
     from ..deploy import read
     from ..verifying import runtime_of
     from ..verifying import verify as run
-    from .show import verdicts
 
     described = read(folder)
-    names = [runtime_of(described, one) for one in runtime] if runtime else [runtime_of(described)]
+    names = [runtime_of(described, one) for one in asked] if asked else [runtime_of(described)]
     environment = Environment(python=python, node_modules=node_modules)
     environment.check(names)
-    found = [run(folder, name, **environment.of(name), variant=variant, cosine=cosine) for name in names]
-    verdicts(folder, found)
-    if not all(verdict.good for verdict in found):
-        raise typer.Exit(1)
+    owns = [(name, environment.of(name)) for name in names]
+    return [run(folder, name, python=own.python, node_modules=own.node_modules, **more) for name, own in owns]
+
+
+def _endpoint(url: str, api: str | None, model: str | None, token: str | None, timeout: float | None) -> Endpoint:
+    from ..endpoint_calls import SECONDS, Endpoint
+    from ..endpoints import APIS
+    from ..errors import ConfigError
+
+    if api is None:
+        fix = f"Pass --api with one of {', '.join(APIS)}"
+        raise ConfigError("what the server speaks is not said", where=f"--url {url}", fix=fix)
+    seconds = SECONDS if timeout is None else timeout
+    return Endpoint(url=url, api=api, model=model, token=token, seconds=seconds)
+
+
+def _refuse(flags: dict[str, Any], why: str) -> None:
+    from ..errors import ConfigError
+
+    for flag, value in flags.items():
+        if value is not None and value != []:
+            raise ConfigError(why, where=flag, fix="Leave one of them out")
