@@ -41,5 +41,6 @@ def _modules(root: nn.Module) -> list[nn.Module]:
         module = left.pop()
         if module not in found:
             found[module] = None
-            left.extend(child for child in reversed(module._modules.values()) if child is not None)
+            if children := module._modules:  # most have none
+                left.extend([child for child in reversed(children.values()) if child is not None])
     return list(found)
