@@ -101,7 +101,9 @@ def cell(known: Mapping[str, Any] | None) -> str:
         return ""
     if known["state"] != "verified":
         return _SHOWN[known["state"]]
-    return f"{known['cosine']:.6f}" if known["cosine"] is not None else f"{known['difference']:.0e}"
+    if known["cosine"] is not None:
+        return f"{known['cosine']:.6f}"
+    return "yes" if known["difference"] is None else f"{known['difference']:.0e}"
 
 
 def tables(runs: Runs) -> dict[str, list[list[str]]]:

@@ -203,8 +203,7 @@ def operations() -> str:
 def _operation(name: str, function: Callable[..., Any]) -> str:
     parts, module = _docstring(function), _docstring(inspect.getmodule(function))
     rows = [[f"`{argument}`", meaning] for argument, meaning in _entries(parts["Args"]).items()]
-    missing = inspect.signature(function).parameters.keys() - _entries(parts["Args"]).keys()
-    if missing:
+    if missing := inspect.signature(function).parameters.keys() - _entries(parts["Args"]).keys():
         raise SystemExit(f"docs/generate.py: describe {sorted(missing)} of {function.__qualname__}")
     told = [_line(paragraph) for paragraph in (parts["about"].split("\n\n")[0], module["about"].split("\n\n")[-1])]
     returns = f"**Returns** {_line(parts['Returns'])}"
@@ -232,9 +231,9 @@ def versions() -> str:
     return table(("Library", "Allowed", "Tested from", "to"), rows)
 
 
-def benchmarks(part: str = "goals") -> str:
+def benchmarks(part: str = "goals", script: str = "table.py") -> str:
     """How often each goal is reached by the committed results."""
-    command = [sys.executable, str(DOCS.parent / "benchmarks" / "table.py"), "--part", part]
+    command = [sys.executable, str(DOCS.parent / "benchmarks" / script), "--part", part]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout.strip()
 
 
@@ -253,6 +252,11 @@ def context() -> str:
     return benchmarks("context")
 
 
+def consumers() -> str:
+    """Who reads what Burnish saves, by core/verified_exports.json."""
+    return benchmarks("table", "exports.py")
+
+
 def _pins(path: Path) -> dict[str, str]:
     lines = re.findall(r"^([\w.-]+)==(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {name.lower().replace("_", "-"): version for name, version in lines}
@@ -262,8 +266,7 @@ def claims() -> str:
     """The kinds of claim that a distribution's metadata may hold."""
     from burnish.core.discovery import KINDS
 
-    unknown = set(KINDS) ^ set(_CLAIMS)
-    if unknown:
+    if unknown := set(KINDS) ^ set(_CLAIMS):
         raise SystemExit(f"docs/generate.py: describe the claim kinds {sorted(unknown)} in _CLAIMS")
     return table(("Claim", "What it says"), [[f"`{kind}.{_CLAIMS[kind][0]}`", _CLAIMS[kind][1]] for kind in KINDS])
 
@@ -295,8 +298,7 @@ def families() -> str:
             assert spec.sample is not None
             family = spec.build(spec.sample("tiny"))
             rows.append([f"`{spec.name}`", ", ".join(f"`{kind}`" for kind in spec.model_types), *_settled(family)])
-    headings = ("Family", "Model types", "Default pooling", "LoRA on", "Packed", "Dtypes", "Heads", "Prompts")
-    return table(headings, rows)
+    return table(("Family", "Model types", "Default pooling", "LoRA on", "Packed", "Dtypes", "Heads", "Prompts"), rows)
 
 
 def _settled(family: Any) -> list[str]:
@@ -340,8 +342,7 @@ def _command(command: Any, path: str) -> str:
     usage += ["COMMAND [ARGS]"] if getattr(command, "commands", None) else []
     parts = [f"### {path}", f"```text\n{' '.join(usage)}\n```", inspect.cleandoc(command.help or "")]
     rows = [[f"`{_metavar(argument)}`", "", argument.help or ""] for argument in arguments]
-    rows += [[_names(flag), _flag_default(flag), flag.help or ""] for flag in flags]
-    if rows:
+    if rows := [*rows, *([_names(flag), _flag_default(flag), flag.help or ""] for flag in flags)]:
         parts.append(table(("Argument or option", "Default", "What it is"), rows))
     if keys:
         parts.append(
@@ -374,7 +375,7 @@ PARTS: dict[str, Callable[[], str]] = {
     part.__name__: part
     for part in (
         options, hooks, values, types, operations, claims, checks, families, commands, versions, benchmarks, memory,
-        context, kept,
+        context, kept, consumers,
     )
 }  # fmt: skip
 
