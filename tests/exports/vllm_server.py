@@ -1,4 +1,4 @@
-"""vLLM as docs/serving/vllm.md starts it, and what it answers over HTTP to the golden inputs."""
+"""vLLM as docs/serving/vllm.md starts it, and how it is asked over HTTP."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "serving" / "vllm.md"
 VERSION = "0.32.0"
 _START = 420  # seconds; 30 to 90 on two cores
-CUT = {"truncate_prompt_tokens": -1}
-LOGITS = {"use_activation": False}
 
 
 class Stopped(Exception):
@@ -107,27 +105,7 @@ def post(url: str, path: str, **body: Any) -> Any:
         return json.load(answer)
 
 
-def embeddings(url: str, texts: Sequence[str]) -> list[list[float]]:
-    """A vector for each text, cut where it is too long."""
-    data = post(url, "/v1/embeddings", input=list(texts), **CUT)["data"]
-    return [row["embedding"] for row in sorted(data, key=lambda row: row["index"])]
-
-
 def tokens(url: str, text: str) -> list[int]:
     """The tokens of a whole text."""
     found: list[int] = post(url, "/tokenize", prompt=text)["tokens"]
     return found
-
-
-def scores(url: str, pairs: Sequence[Sequence[str]]) -> list[list[float]]:
-    """The logit of each pair."""
-    data = [
-        post(url, "/rerank", query=first, documents=[second], **CUT, **LOGITS)["results"][0] for first, second in pairs
-    ]
-    return [[row["relevance_score"]] for row in data]
-
-
-def classes(url: str, texts: Sequence[str]) -> list[list[float]]:
-    """The logits of each text."""
-    data = post(url, "/classify", input=list(texts), **CUT, **LOGITS)["data"]
-    return [row["probs"] for row in sorted(data, key=lambda row: row["index"])]
