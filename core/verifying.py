@@ -16,7 +16,7 @@ import numpy as np
 from . import deploy, endpoint_scales, endpoints, golden, neighbours
 from .consumer_runs import Environment, run_script
 from .errors import ConfigError, ModelError
-from .runtimes import RUNTIMES
+from .runtimes import CHECKED, RUNTIMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,8 +96,9 @@ def verify(
         **{key: reference.get(key) for key in ("inputs", "prompts", "texts")},
     }  # fmt: skip
     answer = run_script(name, request, environment)
-    wanted = cosine if cosine is not None else _expected(described, variant)
-    verdict = _compare(name, reference, answer, wanted, deploy.changed(folder, described))
+    wanted, off = _expected(described, variant)
+    wanted = wanted if cosine is None else cosine
+    verdict = _compare(name, reference, answer, wanted, deploy.changed(folder, described), off)
     if (found := answer.get("neighbours")) is None:
         return verdict
     rank, difference, faults = neighbours.compare(reference["outputs"], described["similarity"], found)
@@ -123,8 +124,9 @@ def verify_url(folder: Path, endpoint: Endpoint, *, cosine: float | None = None)
     reference, answer, notes = endpoint_scales.comparable(reference, answer)
     if not answer["outputs"]:
         raise ModelError(f"it refuses every input: {answer['notes'][0]}", where=endpoint.url)
-    wanted = cosine if cosine is not None else _expected(described, None)
-    verdict = _compare(endpoint.api, reference, answer, wanted, deploy.changed(folder, described))
+    wanted, off = _expected(described, None)
+    wanted = wanted if cosine is None else cosine
+    verdict = _compare(endpoint.api, reference, answer, wanted, deploy.changed(folder, described), off)
     return replace(verdict, notes=(*answer["notes"], *notes))
 
 
@@ -136,7 +138,8 @@ def runtime_of(described: deploy.Description, asked: str | None = None) -> str:
     """
     name: str = asked or described.get("runtime", "sentence-transformers")
     if name not in RUNTIMES:
-        raise ConfigError(f"{name!r} is unknown", where="--runtime", fix=f"Known: {', '.join(RUNTIMES)}")
+        known = ", ".join([*RUNTIMES, *CHECKED])
+        raise ConfigError(f"{name!r} is unknown", where="--runtime", fix=f"Known: {known}")
     return name
 
 
@@ -150,21 +153,27 @@ def _golden(folder: Path, described: deploy.Description) -> dict[str, Any]:
     return reference
 
 
-def _expected(described: deploy.Description, variant: str | None) -> float:
-    """The bound for a file: how far it was measured to be off when its weights were rounded, and half of that more."""
+def _expected(described: deploy.Description, variant: str | None) -> tuple[float, float]:
+    """(smallest cosine, largest difference of a score) that are good for a file: what it was measured to have when its
+    weights were rounded, and half of that more; no difference where none were."""
     file = variant or described.get("runtime_file")
     quality = next((row for row in described.get("quality", []) if row["file"] == file and row.get("rounded")), None)
-    return COSINE if quality is None else min(COSINE, 1 - 1.5 * (1 - quality["cosine_min"]))
+    if quality is None:
+        return COSINE, 0.0
+    cosine = quality["cosine_min"]
+    return COSINE if cosine is None else min(COSINE, 1 - 1.5 * (1 - cosine)), 1.5 * quality["largest_difference"]
 
 
 def _compare(
-    name: str, reference: dict[str, Any], answer: dict[str, Any], wanted: float, faults: Sequence[str]
-) -> Verdict:
+    name: str, reference: dict[str, Any], answer: dict[str, Any], wanted: float, faults: Sequence[str],
+    off: float = 0.0,
+) -> Verdict:  # fmt: skip
     ours = _table(reference["outputs"])
     theirs = _table(answer["outputs"])
     found = [*faults]
     scores = reference["kind"] == "scores"
-    if ours.shape[0] != theirs.shape[0] or (theirs.shape[1] > ours.shape[1]):
+    narrower = theirs.shape[1] < ours.shape[1] and scores  # of scores the first say nothing of the others
+    if ours.shape[0] != theirs.shape[0] or theirs.shape[1] > ours.shape[1] or narrower:
         shapes = f"{theirs.shape[0]} x {theirs.shape[1]} numbers, not {ours.shape[0]} x {ours.shape[1]}"
         found.append(f"it gives {shapes}")
         theirs = np.full_like(ours, np.nan)
@@ -179,7 +188,7 @@ def _compare(
         )
     if cosine is not None and not cosine >= wanted:
         found.append(f"the smallest cosine is {cosine:.6f}, below {wanted:.6f}")
-    if scores and not difference <= SCORES * max(1.0, float(np.abs(ours).max())):
+    if scores and not difference <= max(off, SCORES * max(1.0, float(np.abs(ours).max()))):
         found.append(f"a score is off by {difference:.2e}")
     if tokens is False:
         found.append(f"{_odd_tokens(reference, answer)} of {len(ours)} inputs became other tokens")

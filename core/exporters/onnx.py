@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -31,6 +31,7 @@ NEEDS = Needs(packages=("onnx", "onnxscript", "onnxruntime"))
 OPTIONS = {"dtype": tuple(FILES), "exporter": ("dynamo", "torchscript")}
 # A rounded model that is further off than this is another model.
 WORST = {"fp16": 0.999, "int8": 0.9}
+_FASTEMBED_POOLS = ("mean", "cls", "lasttoken")
 # A file of protobuf holds 2 GiB, and a graph more than its weights.
 _ONE_FILE = 2**31 - 2**27
 
@@ -99,14 +100,19 @@ def _rounded(source: Path, path: Path, precision: str) -> None:
     quantize_dynamic(str(source), str(path), weight_type=QuantType.QInt8, per_channel=True)
 
 
-def build(request: ExportRequest, target: str, wanted: Sequence[str], runtime: str = "onnxruntime") -> Sequence[Path]:
+def build(
+    request: ExportRequest, target: str, wanted: Sequence[str], runtime: str = "onnxruntime",
+    refused: Callable[[deploy.Description], str | None] = lambda found: None,
+) -> Sequence[Path]:  # fmt: skip
     """Write the model in each precision of `wanted`, the first of which is the folder's main one.
 
     Raises:
-        ModelError: If the family knows the target to be wrong, or a graph does not compute the model.
+        ModelError: If the family or `refused` knows the target to be wrong, or a graph does not compute the model.
     """
     model, family = read_model(request)
     check_target(target, family, request.source)
+    if (reason := refused(deploy.describe(model, request.source))) is not None:
+        raise ModelError(reason, where=f"--target {target}, model {request.source}", fix="Choose another target")
     if not family.exports.onnx:
         raise ModelError(f"family {family.name} is not exported to ONNX", where=f"--target {target}")
     write_around(model, family, request.output)
@@ -138,11 +144,16 @@ def _measured(folder: Path, precision: str) -> dict[str, Any]:
     """
     file = FILES[precision]
     verdict = verify(folder, "onnxruntime", variant=file, cosine=WORST.get(precision))
+    return _row(_checked(verdict, precision, file), precision, file, folder)
+
+
+def _checked(verdict: Verdict, precision: str, where: str) -> Verdict:
+    # Scores of rounded weights are off by what the row tells: they have no cosine to bound.
     odd = [fault for fault in verdict.faults if not (precision in WORST and fault.startswith("a score is off"))]
     if odd:
-        fix = "Choose another precision, or `--option exporter=torchscript`"
-        raise ModelError(f"the {precision} graph does not compute the model: {odd[0]}", where=file, fix=fix)
-    return _row(verdict, precision, file, folder)
+        fix = "Choose another precision, or another `--option exporter`"
+        raise ModelError(f"the {precision} graph does not compute the model: {odd[0]}", where=where, fix=fix)
+    return verdict
 
 
 def _row(verdict: Verdict, precision: str, file: str, folder: Path) -> dict[str, Any]:
@@ -176,7 +187,22 @@ def transformers_js(request: ExportRequest) -> Sequence[Path]:
 def fastembed(request: ExportRequest) -> Sequence[Path]:
     """What FastEmbed loads with `add_custom_model` and `specific_model_path`."""
     check_options("fastembed", request.options, OPTIONS)
-    return build(request, "fastembed", request.options.get("dtype", "fp32").split(","), runtime="fastembed")
+    wanted = request.options.get("dtype", "fp32").split(",")
+    return build(request, "fastembed", wanted, runtime="fastembed", refused=unknown_to_fastembed)
+
+
+def unknown_to_fastembed(found: deploy.Description) -> str | None:
+    """Why FastEmbed would compute another model, or None: it pools by itself, and takes the first logit for a score."""
+    if found["kind"] == "scores":
+        labels = len(found["labels"] or ())
+        return f"the model has {labels} labels, and FastEmbed's rerankers give the first alone" if labels > 1 else None
+    if found["dense"]:
+        return "the model has Dense layers after its pooling, which FastEmbed leaves out"
+    if found["pooling"] not in _FASTEMBED_POOLS:
+        return f"the model pools by {found['pooling']}, and FastEmbed by {', '.join(_FASTEMBED_POOLS)}"
+    if not found["include_prompt"] and any(found["prompts"].values()):
+        return "the model leaves prompts out of its pooling, which FastEmbed does not"
+    return None
 
 
 def openvino(request: ExportRequest) -> Sequence[Path]:
@@ -194,10 +220,9 @@ def openvino(request: ExportRequest) -> Sequence[Path]:
         half = request.options.get("dtype") == "fp16"
         runtime.save_model(runtime.convert_model(str(graph)), str(request.output / file), compress_to_fp16=half)
     deploy.write(model, request.output, runtime="openvino", runtime_file=file)
-    verdict = verify(request.output, "openvino", cosine=WORST["fp16"] if half else None)
-    if not verdict.good:
-        raise ModelError(f"the graph does not compute the model: {verdict.faults[0]}", where="--target openvino")
-    row = _row(verdict, "fp16" if half else "fp32", file, request.output)
+    precision = "fp16" if half else "fp32"
+    verdict = _checked(verify(request.output, "openvino", cosine=WORST.get(precision)), precision, file)
+    row = _row(verdict, precision, file, request.output)
     deploy.write_description(request.output, deploy.read(request.output) | {"quality": [row]})
     return written(request.output)
 

@@ -152,4 +152,8 @@ def test_comparing() -> None:
     assert _compare("x", scores, {**answer, "outputs": [[1.0], [2.0], [3.0]]}, 0.9999, []).good
     wrong = _compare("x", scores, {**answer, "outputs": [[3.0], [2.0], [1.0]]}, 0.9999, [])
     assert wrong.faults == ("a score is off by 2.00e+00",) and wrong.rank == 0.0
+    assert _compare("x", scores, {**answer, "outputs": [[3.0], [2.0], [1.0]]}, 0.9999, [], 2.0).good, "as measured"
+    classes = {**scores, "outputs": [[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]}
+    first = _compare("x", classes, {**answer, "outputs": [[1.0], [2.0], [3.0]]}, 0.9999, [])
+    assert first.faults[0] == "it gives 3 x 1 numbers, not 3 x 2", "the first of several scores alone"
     assert _same_order(np.array([[1.0], [1.0]]), np.array([[1.0], [2.0]]), True) == 1.0, "a tie has no order"
