@@ -113,7 +113,8 @@ def call(endpoint: Endpoint, address: str, body: Any = None) -> Any:
         with urllib.request.build_opener(_Stay).open(request, timeout=endpoint.seconds) as answer:
             text = _read(answer, endpoint.seconds)
     except urllib.error.HTTPError as error:
-        raise _told(error, address) from error
+        with error:  # it is an answer, and holds the connection
+            raise _told(error, address) from error
     except (TimeoutError, urllib.error.URLError, OSError, http.client.HTTPException) as error:
         raise _unheard(error, address, endpoint.seconds) from error
     try:

@@ -47,3 +47,5 @@ RUNTIMES = {
     "qdrant": Runtime(install="qdrant-client", script="with_qdrant.py"),
     "weaviate": Runtime(install="weaviate-client", script="with_weaviate.py"),
 }
+# Of these only the files are read, by the rules that they were found to have: `tei.check`.
+CHECKED = ("tei",)

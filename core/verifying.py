@@ -137,6 +137,9 @@ def runtime_of(described: deploy.Description, asked: str | None = None) -> str:
         ConfigError: If there is no such runtime.
     """
     name: str = asked or described.get("runtime", "sentence-transformers")
+    if name in CHECKED:
+        fix = "Run `burnish verify`, or tei.check of burnish.core"
+        raise ConfigError(f"{name} is only read about, and not run", where="runtime", fix=fix)
     if name not in RUNTIMES:
         known = ", ".join([*RUNTIMES, *CHECKED])
         raise ConfigError(f"{name!r} is unknown", where="--runtime", fix=f"Known: {known}")

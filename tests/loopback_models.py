@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +30,7 @@ class Served:
         embed: Texts to vectors.
         score: Pairs, or texts, to logits.
         labels: Of a classifier.
+        prompts: By name, for requests that ask for one.
         name: What the server calls the model.
         token: What it wants to be given.
         status: An error's status, and what it says with it.
@@ -44,6 +45,7 @@ class Served:
     embed: Callable[[list[str]], Any] | None = None
     score: Callable[[list[Any]], Any] | None = None
     labels: Sequence[str] = ()
+    prompts: Mapping[str, str] = field(default_factory=dict)
     name: str = "tiny"
     token: str | None = None
     status: tuple[int, Any] | None = None
@@ -89,7 +91,8 @@ class Served:
         return {"object": "list", "model": body["model"], "data": self.given(items)}
 
     def embed_(self, body: Any) -> Any:
-        return self.given(self._vectors(body["inputs"], body["normalize"]))
+        prompt = self.prompts[body["prompt_name"]] if "prompt_name" in body else ""
+        return self.given(self._vectors([prompt + text for text in body["inputs"]], body.get("normalize", True)))
 
     def api_embed(self, body: Any) -> Any:
         return {"model": body["model"], "embeddings": self.given(self._vectors(body["input"], normalize=True))}

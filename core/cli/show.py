@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..evaluate import RetrievalResult
     from ..reranking import RerankingResult
     from ..runs import RunResult
+    from ..tei import StaticCheck
     from ..verifying import Verdict
 
 
@@ -80,6 +81,15 @@ def verdicts(folder: Path, found: Sequence[Verdict]) -> None:
     for verdict in found:
         for line in (*verdict.faults, *verdict.notes):
             _console().print(Text(f"{verdict.runtime}: {line}"))
+
+
+def checks(folder: Path, found: Sequence[StaticCheck]) -> None:
+    """Print what is known of runtimes that were not run, and what is wrong."""
+    rows = [(one.runtime, f"{one.version}, read {one.read}", one.state) for one in found]
+    table(f"{folder}, by its files alone: nothing was run", ("runtime", "rules", "state"), rows)
+    for one in found:
+        for line in (*one.faults, *one.notes):
+            _console().print(Text(f"{one.runtime}: {line}"))
 
 
 def outcome(result: RunResult) -> None:

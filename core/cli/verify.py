@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..runtimes import RUNTIMES
+from ..runtimes import CHECKED, RUNTIMES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..endpoint_calls import Endpoint
+    from ..tei import StaticCheck
     from ..verifying import Verdict
 
 _TOKEN = "BURNISH_URL_TOKEN"
@@ -21,7 +24,7 @@ def verify(
     runtime: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"What reads it: {', '.join(RUNTIMES)}. Left out, what it was made for. Repeat for more.",
+            help=f"What reads it: {', '.join([*RUNTIMES, *CHECKED])}. Left out, what it was made for. Repeat for more.",
             show_default=False,
         ),
     ] = None,
@@ -55,28 +58,42 @@ def verify(
 ) -> None:
     """Compare what runtimes, or a running server, make of a folder with its golden vectors.
 
-    The exit code is 1 where one does not compute the model.
+    The exit code is 1 where one does not compute the model. Of tei only the files that it reads are checked.
 
     Example: `burnish verify saved --url http://127.0.0.1:8080 --api tei`
     """
     from ..verifying import verify_url
-    from .show import verdicts
+    from .show import checks, verdicts
 
-    one = {"--runtime": runtime, "--python": python, "--node-modules": node_modules, "--variant": variant}
+    one = {"--python": python, "--node-modules": node_modules, "--variant": variant}
     other = {"--api": api, "--model": model, "--timeout": timeout}
     if url is not None:
-        _refuse(one, "goes with runtimes, and --url names a server")
-        found = [verify_url(folder, _endpoint(url, api, model, token, timeout), cosine=cosine)]
+        _refuse({"--runtime": runtime, **one}, "goes with runtimes, and --url names a server")
+        found, read = [verify_url(folder, _endpoint(url, api, model, token, timeout), cosine=cosine)], []
     else:
         _refuse(other, "goes with a server, and no --url names one")
-        found = _by_runtimes(folder, runtime, python, node_modules, variant=variant, cosine=cosine)
-    verdicts(folder, found)
-    if not all(verdict.good for verdict in found):
+        read = _read(folder, runtime or ())
+        if read and len(read) == len(runtime or ()):
+            _refuse({**one, "--cosine": cosine}, "goes with what is run, and this is only read")
+            found = []
+        else:
+            found = _run(folder, runtime or (), python, node_modules, variant=variant, cosine=cosine)
+    if found:
+        verdicts(folder, found)
+    if read:
+        checks(folder, read)
+    if not all(verdict.good for verdict in found) or not all(check.good for check in read):
         raise typer.Exit(1)
 
 
-def _by_runtimes(
-    folder: Path, asked: list[str] | None, python: Path | None, node_modules: Path | None, **more: Any
+def _read(folder: Path, asked: Sequence[str]) -> list[StaticCheck]:
+    from ..tei import check
+
+    return [check(folder) for name in asked if name in CHECKED]
+
+
+def _run(
+    folder: Path, asked: Sequence[str], python: Path | None, node_modules: Path | None, **more: Any
 ) -> list[Verdict]:
     from ..consumer_runs import Environment
     from ..deploy import read
@@ -84,7 +101,7 @@ def _by_runtimes(
     from ..verifying import verify as run
 
     described = read(folder)
-    names = [runtime_of(described, one) for one in asked] if asked else [runtime_of(described)]
+    names = [runtime_of(described, name) for name in asked if name not in CHECKED] or [runtime_of(described)]
     environment = Environment(python=python, node_modules=node_modules)
     environment.check(names)
     owns = [(name, environment.of(name)) for name in names]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from burnish.core.verifying import verify_url
 from ..loopback_models import Served, embedder, scorer, serving
 
 Cli = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[2]
 PROMPTS = {"query": "find this: "}
 
 
@@ -277,8 +281,9 @@ def test_the_command(folder: Path, served: Served, cli: Cli, tmp_path: Path) -> 
 
 
 def test_help_names_every_api() -> None:
-    helped = str(command.verify.__annotations__["api"])
-    assert all(name in helped for name in APIS), helped
+    hints = get_type_hints(command.verify, include_extras=True)
+    helped = hints["api"].__metadata__[0].help
+    assert all(name in helped for name in APIS)
 
 
 def test_the_only_model_that_is_served(folder: Path, served: Served) -> None:
@@ -321,3 +326,53 @@ def test_a_folder_that_has_changed_is_told(folder: Path, served: Served, tmp_pat
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "config.json").write_text("{}")
     assert ask(copy, served, "tei").faults == ("config.json has changed",)
+
+
+@pytest.fixture(scope="session")
+def pages() -> Any:
+    """What is shared with other tests of pages."""
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "tests" / "pages.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(pages: Any, page: str, kind: str, url: str) -> list[str]:
+    """The blocks of one kind that a page has run, with the address of a server put in."""
+    text = (ROOT / "docs" / "serving" / page).read_text(encoding="utf-8")
+    found = [one.text for one in pages.blocks(text) if one.kind == kind and not one.skipped]
+    return [one.replace("http://127.0.0.1:8080", url) for one in found]
+
+
+def figures(text: str) -> str:
+    """An output with its smallest number left out, and its white space."""
+    return " ".join(re.sub(r"\d\.\de-\d\d", "small", text).split())
+
+
+@pytest.mark.parametrize("page", ["endpoints.md", "tei.md"])
+def test_the_pages_commands(
+    page: str, folder: Path, served: Served, pages: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "saved").symlink_to(folder, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for block in blocks(pages, page, "console", served.url):
+        for line, wanted in pages.commands(block):
+            code, out, _ = cli(*line.split()[1:])
+            assert code == 0 and figures(out) == figures(wanted), out
+            ran += 1
+    assert ran == 1
+
+
+def test_the_pages_requests(folder: Path, ranker: Path, served: Served, pages: Any) -> None:
+    served.prompts, served.score = PROMPTS, scorer(CrossEncoder(str(ranker), device="cpu"))
+    first, second = blocks(pages, "tei.md", "python", served.url)
+    embeddings, scores = dict[str, Any](), dict[str, Any]()
+    exec(first, embeddings)
+    wanted = json.loads((folder / "golden.json").read_text())
+    place = wanted["texts"].index("find this: Which planet is known as the Red Planet?")
+    assert np.abs(np.asarray(embeddings["vectors"][0]) - wanted["outputs"][place]).max() < 1e-6
+    exec(second, scores)
+    pairs = [("Which planet is known as the Red Planet?", text) for text in scores["documents"]]
+    assert scores["best"] == scores["documents"][int(np.argmax(served.score(pairs)))]
