@@ -36,9 +36,12 @@ test: $(VENV)/.dev-done ## Run the tests; ARGS go to pytest, as in ARGS='-k layo
 test-weights: $(VENV)/.dev-done weights ## Run the tests on real all-mpnet-base-v2 weights
 	@$(VENV)/bin/pytest -m 'weights and not gpu' tests/weights $(ARGS)
 
+# Made at once and four at a time, where tests would make one after another.
+QUICK_EXPORTS := st-3.4 st-5.7 exporter onnxruntime openvino fastembed langchain faiss pgvector qdrant node
 .PHONY: test-exports
-test-exports: $(VENV)/.dev-done ## Read saved folders with older releases of Sentence Transformers and transformers
-	@$(VENV)/bin/pytest -m 'exports and not gpu' tests/exports/test_readers.py $(ARGS)
+test-exports: $(VENV)/.dev-done ## Read saved and exported folders with what CI has: the quick part of verify-exports
+	@$(VENV)/bin/python .ci/environments.py .venv-exports $(QUICK_EXPORTS) >/dev/null
+	@$(VENV)/bin/pytest -m 'exports and quick' tests/exports $(ARGS)
 
 .PHONY: verify-exports
 verify-exports: $(VENV)/.dev-done ## Those, and every export in its own runtime; prints the table; ARGS=--write-log keeps it

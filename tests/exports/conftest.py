@@ -24,6 +24,7 @@ from burnish.core.testing.subject import enliven, quietly
 from burnish.core.verifying import Verdict
 
 from .noting import PROPERTY, lines, noting, write_logs
+from .quick import mark
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("bert", "distilbert", "gemma", "modernbert", "mpnet", "qwen3", "xlm_roberta")
@@ -165,6 +166,12 @@ def read_all(
 def pytest_addoption(parser: pytest.Parser) -> None:
     """An option for the dated log."""
     parser.addoption("--write-log", action="store_true", help="write the rows to benchmarks/results")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what CI runs."""
+    mark(items, config)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
