@@ -16,6 +16,8 @@ from .errors import ConfigError, ModelError
 SECONDS = 60.0
 # A vector of 8192 numbers as text is 200 kB; a server that sends more than this is not answering.
 _LARGEST = 256 * 2**20
+# llama.cpp's server has failed, it says, where a text is too long for it.
+_REFUSED = (400, 413, 422, 500)
 _REMEDIES = {
     400: "See what the server says",
     401: "Pass the server's token with --token, or in BURNISH_URL_TOKEN",
@@ -39,7 +41,7 @@ _MEANINGS = {
 
 
 class Refusal(ModelError):
-    """The server is there and in order, and will not take this input."""
+    """The server is there, and will not take this input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +153,7 @@ def _told(error: urllib.error.HTTPError, address: str) -> ModelError:
         said = ""  # the status alone has come through
     meaning = _MEANINGS.get(status, "refuses the request" if status < 500 else "has failed")
     what = f"{meaning} ({status})" + (f": {said}" if said else "")
-    kind = Refusal if status in (400, 413, 422) else ModelError
+    kind = Refusal if status in _REFUSED else ModelError
     return kind(what, where=address, fix=_REMEDIES.get(status, "Look at the server's log"))
 
 

@@ -6,7 +6,7 @@ too long are asked alone: a server may refuse them, and is still compared by the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -226,8 +226,10 @@ def _what(request: dict[str, Any]) -> str:
 def _all(ask: _Ask, kind: Kind, request: dict[str, Any]) -> tuple[list[Any], list[str]]:
     inputs = request["texts"] if request["kind"] == "embeddings" else request["inputs"]
     rows: list[Any] = [None] * len(inputs)
-    odd = {place: why for place, one in enumerate(inputs) if (why := _odd(one, request["token_ids"][place], ask))}
-    plain = [place for place in range(len(inputs)) if place not in odd]
+    other = set(ask.deploy.get("other_tokens", ()))
+    asked = [place for place in range(len(inputs)) if place not in other]
+    odd = {place: why for place in asked if (why := _odd(inputs[place], request["token_ids"][place], ask))}
+    plain = [place for place in asked if place not in odd]
     size = ask.endpoint.batch
     for places in (plain[start : start + size] for start in range(0, len(plain), size)):
         for place, row in zip(places, kind.ask(ask, [inputs[place] for place in places]), strict=True):
@@ -241,9 +243,18 @@ def _all(ask: _Ask, kind: Kind, request: dict[str, Any]) -> tuple[list[Any], lis
             refused.setdefault(why, []).append(error.what)
     if len(widths := {len(row) for row in rows if row is not None}) > 1:
         raise ModelError(f"it gives rows of {sorted(widths)} numbers, not of one length", where=ask.where)
-    return rows, [
-        f"it refuses what is {why}, {len(said)} of {len(inputs)} inputs, which are not compared: {said[0]}"
-        for why, said in refused.items()
+    return rows, [*_left_out(len(other), len(inputs)), *_refused(refused, len(inputs))]
+
+
+def _left_out(count: int, whole: int) -> list[str]:
+    line = f"{count} of {whole} inputs become other tokens there, as deploy.json says, and are not compared"
+    return [line] if count else []
+
+
+def _refused(found: Mapping[str, Sequence[str]], whole: int) -> list[str]:
+    return [
+        f"it refuses what is {why}, {len(said)} of {whole} inputs, which are not compared: {said[0]}"
+        for why, said in found.items()
     ]
 
 

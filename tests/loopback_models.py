@@ -38,7 +38,7 @@ class Served:
         raw: Bytes in place of every answer.
         heard: What happens to texts before they are computed.
         given: What happens to the list of results before it is sent.
-        refuse: Which texts it answers with 422.
+        refuse: Which texts it refuses, with the status `refusal`.
         activated: What it makes of logits where it is not told to leave them.
     """
 
@@ -54,6 +54,7 @@ class Served:
     heard: Callable[[str], str] = str
     given: Change = list
     refuse: Callable[[str], bool] = lambda text: False
+    refusal: int = 422
     activated: Callable[[Any], Any] = np.asarray
     url: str = ""
     asked: list[tuple[str, Any, str | None]] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Served:
             return 404
         texts = [body[key] for key in ("query", "text_1", "text_2", "input", "inputs", "texts") if key in body]
         if any(self.refuse(text) for text in _flat(texts)):
-            return 422
+            return self.refusal
         return getattr(self, path.strip("/").replace("/", "_"))(body)
 
     def _vectors(self, texts: list[str], normalize: bool = False) -> Rows:

@@ -185,9 +185,27 @@ def test_refused_inputs_are_told_and_left_out(folder: Path, served: Served) -> N
         "it refuses what is empty, 2 of 19 inputs, which are not compared",
         "it refuses what is too long, 1 of 19 inputs, which are not compared",
     ]
+    served.refusal = 500  # as llama.cpp's server says it
+    assert ask(folder, served, "tei").good
+    served.refusal = 429
+    with pytest.raises(ModelError, match="takes no more requests for now"):
+        ask(folder, served, "tei")
+    served.refusal = 422
     served.refuse = lambda text: True
     with pytest.raises(ModelError, match=r"refuses the request \(422\): `inputs` cannot be served"):
         ask(folder, served, "tei")
+
+
+def test_inputs_that_are_known_to_become_other_tokens(folder: Path, served: Served, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    deploy.write_description(copy, deploy.read(copy) | {"other_tokens": [6]})
+    text = json.loads((copy / "golden.json").read_text())["texts"][6]
+    served.heard = lambda heard: heard[::-1] if heard == text else heard
+    assert not ask(folder, served).good
+    served.asked.clear()
+    verdict = ask(copy, served)
+    assert verdict.good and verdict.inputs == 18 and text not in str([body for _, body, _ in served.asked])
+    assert verdict.notes == ("1 of 19 inputs become other tokens there, as deploy.json says, and are not compared",)
 
 
 @pytest.mark.parametrize(
