@@ -190,7 +190,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     table = loaded(ROOT / "benchmarks" / "exports.py")
     terminalreporter.section("exports")
-    dated = [{**row, "date": date.today().isoformat()} for row in _rows]
     written = write_logs(_rows, ROOT / "benchmarks" / "results") if config.getoption("--write-log", False) else []
-    for line in [*lines(_rows), "", *table.plain(table.summary(dated)), *(f"written: {path}" for path in written)]:
+    known = [{**row, "date": date.today().isoformat()} for row in _rows]
+    ran = {row["long"] for row in _rows}
+    others = [path for path in table.newest() if ("long" in path.name) not in ran]
+    known += [row for path in others for row in table.rows(path)]
+    notes = [*(f"with what {path.name} has" for path in others), *(f"written: {path}" for path in written)]
+    for line in [*lines(_rows), "", *table.plain(table.summary(known)), *notes]:
         terminalreporter.write_line(line)

@@ -1,4 +1,4 @@
-"""What `make test-exports` runs: of every consumer that CI has, the real MiniLM at least."""
+"""What `make test-exports` runs, the real MiniLM with every consumer at least, and what is left to long scripts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ QUICK = (
     "test_stores.py::test_a_store_finds_the_golden_neighbours[qdrant-minilm]",
     "test_stores.py::test_langchain_reads_every_family",
 )
+# Folders whose tests convert, quantise and serve: `make verify-exports-long`.
+LONG = ("exports/gguf/",)
 
 
 def mark(items: list[pytest.Item], config: pytest.Config) -> None:
-    """Give the tests of `QUICK` the marker `quick`.
+    """Give the tests of `QUICK` the marker `quick`, and those of `LONG` the marker `long`.
 
     Raises:
         pytest.UsageError: Where a run of all of them has none for a name: it would go unseen.
     """
     found = set()
     for item in items:
+        if any(folder in item.nodeid for folder in LONG):
+            item.add_marker(pytest.mark.long)
         for name in QUICK:
             if item.nodeid.rpartition("/")[2].startswith(name):
                 item.add_marker(pytest.mark.quick)
