@@ -16,7 +16,7 @@ from burnish import FastCrossEncoder, FastSentenceTransformer
 from burnish.core import golden
 from burnish.core.testing.subject import enliven, quietly
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LONGEST = 64
 PROMPTS = {"query": "find this: ", "document": ""}
 
@@ -75,10 +75,34 @@ def pieces() -> Any:
     return kind(vocab=[*vocabulary, ("<mask>", 0.0)], _spm_precompiled_charsmap=table, model_max_length=LONGEST)
 
 
+def letters() -> Any:
+    """Gemma's tokenizer with few pairs: no letter is unknown, for its bytes are known."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import GemmaTokenizer
+
+    made: Any = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{number:02X}>" for number in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=special, show_progress=False)
+    made.train_from_iterator(words(), trainer)
+    model = json.loads(made.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    kind: Any = GemmaTokenizer
+    return kind(vocab=model["vocab"], merges=merges, model_max_length=LONGEST, add_bos_token=True, add_eos_token=True)
+
+
 TOKENIZERS: Mapping[str, Callable[[], Any]] = {
+    "gemma": letters,
     "modernbert": lambda: byte_pairs("[CLS]", "[SEP]", "[PAD]"),
     "qwen3": lambda: byte_pairs(None, "<|endoftext|>", "<|pad|>"),
     "xlm_roberta": pieces,
+}
+
+
+# llama.cpp's layers of Gemma see all tokens in every sixth, whatever a config says.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "gemma": {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
 }
 
 
@@ -89,7 +113,7 @@ def bare(family: str, folder: Path) -> Path:
     tokenizer = TOKENIZERS[family]()
     config = import_module(f"burnish.families.{family}").sample("tiny")
     named = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
-    for key, value in {"vocab_size": len(tokenizer), **named}.items():
+    for key, value in {"vocab_size": len(tokenizer), **named, **SETTINGS.get(family, {})}.items():
         if hasattr(config, key):
             setattr(config, key, value)
     torch.manual_seed(0)
