@@ -19,6 +19,8 @@ from burnish.core.testing.backends import model_types
 from burnish.core.testing.find import sample_config
 from burnish.core.testing.subject import Subject
 
+from ..along import along_gradient
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:inner dimension .* is not aligned"),  # bitsandbytes, of tiny layers
@@ -183,23 +185,9 @@ def test_a_layer_computed_again_drops_the_same_again(model_type: str, option: st
             weight.grad = None
         return float(engine(trainer.model, batch, None))
 
-    loss()
+    length, change = along_gradient(loss, weights, 2e-3)
     assert engine.regions.own_checkpoints is True
-    grads = [None if weight.grad is None else weight.grad.clone() for weight in weights]
-    length = sum(float(grad.norm() ** 2) for grad in grads if grad is not None) ** 0.5
-    assert length > 0
-    sides = []
-    for sign in (1.0, -1.0):
-        with torch.no_grad():
-            for weight, grad in zip(weights, grads, strict=True):
-                if grad is not None:
-                    weight.add_(grad, alpha=sign * 2e-3 / length)
-        sides.append(loss())
-        with torch.no_grad():
-            for weight, grad in zip(weights, grads, strict=True):
-                if grad is not None:
-                    weight.add_(grad, alpha=-sign * 2e-3 / length)
-    assert (sides[0] - sides[1]) / 4e-3 == pytest.approx(length, rel=0.03)
+    assert change == pytest.approx(length, rel=0.03)
 
 
 def test_under_bfloat16_kept_layers_drop_in_the_backward_what_they_dropped(tmp_path: Path) -> None:
@@ -228,19 +216,8 @@ def test_under_bfloat16_kept_layers_drop_in_the_backward_what_they_dropped(tmp_p
             torch.autograd.backward(value)
         return float(value.detach())
 
-    loss()
-    grads = [None if weight.grad is None else weight.grad.clone() for weight in weights]
-    length = sum(float(grad.norm()) ** 2 for grad in grads if grad is not None) ** 0.5
-    sides = []
-    for sign in (1.0, -1.0):
-        for turn in (sign, -sign):
-            with torch.no_grad():
-                for weight, grad in zip(weights, grads, strict=True):
-                    if grad is not None:
-                        weight.add_(grad, alpha=turn * 5e-2 / length)
-            if turn == sign:
-                sides.append(loss())
-    assert (sides[0] - sides[1]) / 0.1 == pytest.approx(length, rel=0.1) and length > 0
+    length, change = along_gradient(loss, weights, 5e-2)
+    assert change == pytest.approx(length, rel=0.1)
 
 
 class Waits(MultipleNegativesRankingLoss):
