@@ -19,7 +19,7 @@ from .errors import ConfigError, ModelError
 from .runtimes import CHECKED, RUNTIMES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -67,7 +67,7 @@ class Verdict:
 
 def verify(
     folder: Path, runtime: str | None = None, *, python: Path | None = None, node_modules: Path | None = None,
-    variant: str | None = None, cosine: float | None = None,
+    variant: str | None = None, cosine: float | None = None, difference: float | None = None,
 ) -> Verdict:  # fmt: skip
     """Run a consumer of a saved folder and compare.
 
@@ -77,8 +77,9 @@ def verify(
         python: The Python that has it, if it is of Python; None for this one.
         node_modules: The folder that has it, if it is of JavaScript; None for the one that npm would use here.
         variant: A file of the folder in place of its main one, such as "onnx/model_fp16.onnx".
-        cosine: The smallest cosine that is good; None for `COSINE`, or what the folder was measured to have where it
-            holds rounded weights.
+        cosine: The smallest cosine of an embedding that is good; None for `COSINE`, or what the folder was measured to
+            have where it holds rounded weights.
+        difference: The largest difference of a score that is good; None for `SCORES`, or what was measured.
 
     Raises:
         ConfigError: For an unknown runtime, or one that is not installed there.
@@ -96,8 +97,8 @@ def verify(
         **{key: reference.get(key) for key in ("inputs", "prompts", "texts")},
     }  # fmt: skip
     answer = run_script(name, request, environment)
-    wanted, off = _expected(described, variant)
-    wanted = wanted if cosine is None else cosine
+    wanted, off = _expected(described, variant, reference)
+    wanted, off = wanted if cosine is None else cosine, off if difference is None else difference
     verdict = _compare(name, reference, answer, wanted, deploy.changed(folder, described), off)
     if (found := answer.get("neighbours")) is None:
         return verdict
@@ -105,13 +106,16 @@ def verify(
     return replace(verdict, rank=rank, difference=difference, faults=(*verdict.faults, *faults))
 
 
-def verify_url(folder: Path, endpoint: Endpoint, *, cosine: float | None = None) -> Verdict:
+def verify_url(
+    folder: Path, endpoint: Endpoint, *, cosine: float | None = None, difference: float | None = None
+) -> Verdict:
     """Ask a running server for what a folder's golden vectors hold, and compare.
 
     Args:
         folder: What the server serves, as Burnish saved or exported it.
         endpoint: Where the server is, and how it is spoken to.
         cosine: As in `verify`.
+        difference: As in `verify`.
 
     Raises:
         ConfigError: If what the server speaks gives nothing of this kind.
@@ -124,10 +128,10 @@ def verify_url(folder: Path, endpoint: Endpoint, *, cosine: float | None = None)
     reference, answer, notes = endpoint_scales.comparable(reference, answer)
     if not answer["outputs"]:
         raise ModelError(f"it refuses every input: {answer['notes'][0]}", where=endpoint.url)
-    wanted, off = _expected(described, None)
-    wanted = wanted if cosine is None else cosine
+    wanted, off = _expected(described, None, reference)
+    wanted, off = wanted if cosine is None else cosine, off if difference is None else difference
     verdict = _compare(endpoint.api, reference, answer, wanted, deploy.changed(folder, described), off)
-    return replace(verdict, notes=(*answer["notes"], *notes))
+    return replace(verdict, notes=(*answer["notes"], *notes, *verdict.notes))
 
 
 def runtime_of(described: deploy.Description, asked: str | None = None) -> str:
@@ -156,20 +160,27 @@ def _golden(folder: Path, described: deploy.Description) -> dict[str, Any]:
     return reference
 
 
-def _expected(described: deploy.Description, variant: str | None) -> tuple[float, float]:
+def _expected(described: deploy.Description, variant: str | None, reference: Mapping[str, Any]) -> tuple[float, float]:
     """(smallest cosine, largest difference of a score) that are good for a file: what it was measured to have when its
-    weights were rounded, and half of that more; no difference where none were."""
+    weights were rounded, and half of that more."""
+    least = _least(reference["outputs"])
     file = variant or described.get("runtime_file")
     quality = next((row for row in described.get("quality", []) if row["file"] == file and row.get("rounded")), None)
     if quality is None:
-        return COSINE, 0.0
+        return COSINE, least
     cosine = quality["cosine_min"]
-    return COSINE if cosine is None else min(COSINE, 1 - 1.5 * (1 - cosine)), 1.5 * quality["largest_difference"]
+    bound = COSINE if cosine is None else min(COSINE, 1 - 1.5 * (1 - cosine))
+    return bound, max(least, 1.5 * quality["largest_difference"])
+
+
+def _least(scores: Any) -> float:
+    """The largest difference of a score that is good where no weights were rounded."""
+    return SCORES * max(1.0, float(np.abs(_table(scores)).max()))
 
 
 def _compare(
     name: str, reference: dict[str, Any], answer: dict[str, Any], wanted: float, faults: Sequence[str],
-    off: float = 0.0,
+    off: float | None = None,
 ) -> Verdict:  # fmt: skip
     ours = _table(reference["outputs"])
     theirs = _table(answer["outputs"])
@@ -191,13 +202,15 @@ def _compare(
         )
     if cosine is not None and not cosine >= wanted:
         found.append(f"the smallest cosine is {cosine:.6f}, below {wanted:.6f}")
-    if scores and not difference <= max(off, SCORES * max(1.0, float(np.abs(ours).max()))):
+    if scores and not difference <= (_least(reference["outputs"]) if off is None else off):
         found.append(f"a score is off by {difference:.2e}")
     if tokens is False:
         found.append(f"{_odd_tokens(reference, answer)} of {len(ours)} inputs became other tokens")
+    shorter = ours.shape[1] < whole.shape[1]
+    notes = [f"it gives the first {ours.shape[1]} of {whole.shape[1]} dimensions"] if shorter else []
     return Verdict(
         runtime=name, versions=answer["versions"], inputs=len(ours), cosine=cosine, difference=difference,
-        rank=_same_order(ours, theirs, scores), tokens=tokens, faults=tuple(found),
+        rank=_same_order(ours, theirs, scores), tokens=tokens, faults=tuple(found), notes=tuple(notes),
     )  # fmt: skip
 
 

@@ -54,7 +54,12 @@ def verify(
     timeout: Annotated[
         float | None, typer.Option(help="Seconds for one of its answers; left out, 60.", show_default=False)
     ] = None,
-    cosine: Annotated[float | None, typer.Option(help="The smallest cosine that is good.", show_default=False)] = None,
+    cosine: Annotated[
+        float | None, typer.Option(help="The smallest cosine of an embedding that is good.", show_default=False)
+    ] = None,
+    difference: Annotated[
+        float | None, typer.Option(help="The largest difference of a score that is good.", show_default=False)
+    ] = None,
 ) -> None:
     """Compare what runtimes, or a running server, make of a folder with its golden vectors.
 
@@ -67,23 +72,36 @@ def verify(
 
     one = {"--python": python, "--node-modules": node_modules, "--variant": variant}
     other = {"--api": api, "--model": model, "--timeout": timeout}
+    bounds = {"cosine": cosine, "difference": difference}
+    _check_bounds(folder, cosine, difference)
     if url is not None:
         _refuse({"--runtime": runtime, **one}, "goes with runtimes, and --url names a server")
-        found, read = [verify_url(folder, _endpoint(url, api, model, token, timeout), cosine=cosine)], []
+        found, read = [verify_url(folder, _endpoint(url, api, model, token, timeout), **bounds)], []
     else:
         _refuse(other, "goes with a server, and no --url names one")
         read = _read(folder, runtime or ())
         if read and len(read) == len(runtime or ()):
-            _refuse({**one, "--cosine": cosine}, "goes with what is run, and this is only read")
+            _refuse(
+                {**one, "--cosine": cosine, "--difference": difference}, "goes with what is run, and this is only read"
+            )
             found = []
         else:
-            found = _run(folder, runtime or (), python, node_modules, variant=variant, cosine=cosine)
+            found = _run(folder, runtime or (), python, node_modules, variant=variant, **bounds)
     if found:
         verdicts(folder, found)
     if read:
         checks(folder, read)
     if not all(verdict.good for verdict in found) or not all(check.good for check in read):
         raise typer.Exit(1)
+
+
+def _check_bounds(folder: Path, cosine: float | None, difference: float | None) -> None:
+    from ..deploy import read
+
+    if read(folder)["kind"] == "scores":
+        _refuse({"--cosine": cosine}, "scores have none", "Pass --difference")
+    else:
+        _refuse({"--difference": difference}, "embeddings are compared by their cosines", "Pass --cosine")
 
 
 def _read(folder: Path, asked: Sequence[str]) -> list[StaticCheck]:
@@ -120,9 +138,9 @@ def _endpoint(url: str, api: str | None, model: str | None, token: str | None, t
     return Endpoint(url=url, api=api, model=model, token=token, seconds=seconds)
 
 
-def _refuse(flags: dict[str, Any], why: str) -> None:
+def _refuse(flags: dict[str, Any], why: str, fix: str = "Leave one of them out") -> None:
     from ..errors import ConfigError
 
     for flag, value in flags.items():
         if value is not None and value != []:
-            raise ConfigError(why, where=flag, fix="Leave one of them out")
+            raise ConfigError(why, where=flag, fix=fix)

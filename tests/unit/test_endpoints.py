@@ -290,6 +290,7 @@ def test_the_command(folder: Path, served: Served, cli: Cli, tmp_path: Path) -> 
         ("--url", "http://me:pass@h/", "--api", "tei"): "--url http://h: has more than an address. Leave out user",
         ("--url", served.url, "--api", "tei", "--timeout", "0"): "--timeout: 0.0 is no time",
         ("--url", served.url, "--api", "tei", "--variant", "x"): "--variant: goes with runtimes, and --url names a",
+        ("--url", served.url, "--api", "tei", "--difference", "1"): "--difference: embeddings are compared by their",
         ("--api", "tei"): "--api: goes with a server, and no --url names one",
         ("--url", served.url, "--api", "openai", "--model", "other"): "knows no such path or model (404)",
     }.items():
@@ -338,6 +339,24 @@ def test_probabilities_of_a_wrong_model_are_wrong(ranker: Path) -> None:
         for api in ("tei", "cohere", "vllm"):
             verdict = ask(ranker, served, api)
             assert not verdict.good and verdict.difference == pytest.approx(0.2, abs=0.01), verdict
+
+
+def test_bounds_of_ones_own(ranker: Path, folder: Path, served: Served, cli: Cli) -> None:
+    inner = scorer(CrossEncoder(str(ranker), device="cpu"))
+    with serving(Served(score=lambda pairs: np.asarray(inner(pairs)) + 0.02)) as off:
+        flags = ("verify", ranker, "--url", off.url, "--api", "vllm")
+        assert cli(*flags)[0] == 1 and cli(*flags, "--difference", "0.03")[0] == 0
+        assert "--cosine: scores have none. Pass --difference" in cli(*flags, "--cosine", "0.9")[2]
+        assert cli(*flags, "--difference", "0.01")[0] == 1
+    served.given = lambda rows: [[number + 0.005 * (-1) ** place for place, number in enumerate(row)] for row in rows]
+    flags = ("verify", folder, "--url", served.url, "--api", "tei")
+    assert cli(*flags)[0] == 1 and cli(*flags, "--cosine", "0.99")[0] == 0
+
+
+def test_fewer_dimensions_are_told(folder: Path, served: Served) -> None:
+    served.given = lambda rows: [row[:16] for row in rows]
+    verdict = ask(folder, served, "tei")
+    assert verdict.good and verdict.notes == ("it gives the first 16 of 32 dimensions",)
 
 
 def test_a_folder_that_has_changed_is_told(folder: Path, served: Served, tmp_path: Path) -> None:
