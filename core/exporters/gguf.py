@@ -208,15 +208,17 @@ def _measured(folder: Path, dtype: str) -> dict[str, Any]:
     if odd:
         what = f"llama.cpp does not compute the model with weights in {dtype}: {odd[0]}"
         raise ModelError(what, where="--target gguf", fix="Choose another target, or another dtype")
-    # What `verify` allows a rounded file is a cosine: of scores it takes none but those of the model.
-    rounded = dtype != "f32" and found["cosine"] is not None
+    # All of them are: llama.cpp's tables round where the weights are not.
     return {
-        "precision": dtype, "file": file, "bytes": (folder / file).stat().st_size, "rounded": rounded,
+        "precision": dtype, "file": file, "bytes": (folder / file).stat().st_size, "rounded": True,
         "cosine_min": found["cosine"], "largest_difference": found["difference"], "same_order": found["rank"],
     }  # fmt: skip
 
 
 def _golden(folder: Path, described: deploy.Description) -> dict[str, Any]:
+    if described["golden"] is None:
+        what = f"there are no golden vectors to compare with ({described['golden_reason']})"
+        raise ModelError(what, where="--target gguf", fix="See why the model fails on these texts")
     found: dict[str, Any] = json.loads((folder / described["golden"]).read_text(encoding="utf-8"))
     return found
 

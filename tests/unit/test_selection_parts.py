@@ -224,21 +224,21 @@ def offered(plugins: Sequence[str] | None = None, target: str | None = None) -> 
 
 
 def test_exporters_are_found_by_target(install: Install) -> None:
-    install("one", "exporter.gguf", "exporter.tensors", code=exporter("gguf", "tensors"))
+    install("one", "exporter.coreml", "exporter.tensors", code=exporter("coreml", "tensors"))
     install("two", "exporter.tflite", code=exporter("tflite"))
-    assert offered() == {"gguf": "one", "tensors": "one", "tflite": "two"}
+    assert offered() == {"coreml": "one", "tensors": "one", "tflite": "two"}
 
 
 def test_two_exporters_of_one_target_are_an_error_that_names_both(install: Install) -> None:
-    install("one", "exporter.gguf", "exporter.tensors", code=exporter("gguf", "tensors"))
-    install("two", "exporter.gguf", code=exporter("gguf"))
-    for target in (None, "gguf"):
+    install("one", "exporter.coreml", "exporter.tensors", code=exporter("coreml", "tensors"))
+    install("two", "exporter.coreml", code=exporter("coreml"))
+    for target in (None, "coreml"):
         with pytest.raises(PluginError) as caught:
             offered(target=target)
-        assert caught.value.what == "one (one 1.0) and two (two 1.0) both offer the export target 'gguf'"
+        assert caught.value.what == "one (one 1.0) and two (two 1.0) both offer the export target 'coreml'"
         assert caught.value.fix == "Disable one, or name one: plugins=['two:two']"
     assert offered(target="tensors")["tensors"] == "one"
-    assert offered(["two"])["gguf"] == "two"
+    assert offered(["two"])["coreml"] == "two"
 
 
 def test_a_strangers_exporter_takes_ours_place_only_when_it_is_named(install: Install) -> None:

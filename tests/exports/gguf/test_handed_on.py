@@ -122,10 +122,14 @@ def place(served: Path, exported: Callable[[str], Path], tmp_path: Path) -> Path
 QUERY, ANSWER = "find this: How long does a refund take?", "Within five working days."
 
 
-def wanted(adapter: Path) -> Any:
+def encoded(adapter: Path, texts: Sequence[str]) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(adapter.with_name("merged")), device="cpu").encode([QUERY, ANSWER])
+    return SentenceTransformer(str(adapter.with_name("merged")), device="cpu").encode(list(texts))
+
+
+def wanted(adapter: Path) -> Any:
+    return encoded(adapter, [QUERY, ANSWER])
 
 
 def near(found: Any, right: Any) -> bool:
@@ -202,7 +206,10 @@ def test_the_pages_server(place: Path, adapter: Path, python: Python) -> None:
     with llama_server(python, place, command) as address:
         found = [row["embedding"] for row in post(f"{address}/v1/embeddings", input=[QUERY, ANSWER])["data"]]
         assert near(found, wanted(adapter))
-        with pytest.raises(urllib.error.HTTPError):  # what the page says of longer texts
+        # What the page says of long texts, and of longer ones.
+        (long,) = post(f"{address}/v1/embeddings", input="planet " * 250)["data"]
+        assert near(long["embedding"], encoded(adapter, ["planet " * 250])[0])
+        with pytest.raises(urllib.error.HTTPError):
             post(f"{address}/v1/embeddings", input="planet " * 300)
 
 
