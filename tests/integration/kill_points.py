@@ -1,6 +1,6 @@
 """Kills runs and looks at what they leave: a program of its own, because it forks.
 
-    python kill_points.py operations MODEL DATA RUNS    killed at every file operation in the run's folder
+    python kill_points.py operations MODEL DATA RUNS    as a kill at each file operation in the run's folder leaves it
     python kill_points.py moments MODEL DATA RUNS       the quickstart killed from outside, as its folder fills
 
 Everything is imported once; every run is a fork. This process itself only loads and encodes: a fork of a process that
@@ -72,24 +72,22 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def die_at(operation: int, inside: Path) -> None:
-    """Have this process killed just before its n-th change of a file in the folder `inside`.
+def changes(event: str, arguments: tuple[Any, ...], inside: Path) -> bool:
+    """Whether an audit event is about to change a file in a folder."""
+    if event == "open":
+        writes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    else:
+        writes = event in CHANGES  # within a folder that is being removed, hidden by then, paths are relative
+    return bool(writes) and str(arguments[0]).startswith(f"{inside}{os.sep}")
 
-    What happens in a staging folder changes nothing for readers: every eighth of it stands for all.
-    """
-    seen = staged = 0
+
+def die_at(operation: int, inside: Path) -> None:
+    """Have this process killed just before its n-th change of a file in the folder `inside`."""
+    seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen, staged
-        if event == "open":
-            changes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        else:
-            changes = event in CHANGES  # within a folder that is being removed, hidden by then, paths are relative
-        if changes and str(arguments[0]).startswith(str(inside)):
-            if "/.burnish-staging" in str(arguments[0]) and event in ("open", "os.mkdir"):
-                staged += 1
-                if staged % 8:
-                    return
+        nonlocal seen
+        if changes(event, arguments, inside):
             seen += 1
             if seen == operation:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -97,20 +95,50 @@ def die_at(operation: int, inside: Path) -> None:
     sys.addaudithook(hook)
 
 
+def record(inside: Path, copies: Path) -> None:
+    """Keep in `copies` what readers would find after a kill at each of this process's changes of a file in `inside`.
+
+    What a kill leaves is what is on the disk at that moment, so one run shows it for all. A change of what is hidden,
+    or of nothing, makes no copy; `operations.txt` has a line for each: the copy's number, the event, hidden or not.
+    """
+    copies.mkdir()
+    log = (copies / "operations.txt").open("w", buffering=1)
+    last: object = None
+    number = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal last, number
+        if not changes(event, arguments, inside):
+            return
+        found = [path for path in sorted(inside.rglob("*")) if not hidden(path.relative_to(inside))]
+        now = [(str(path), *(path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns)) for path in found]
+        if now != last:
+            last, number = now, number + 1
+            shutil.copytree(inside, copies / str(number), ignore=shutil.ignore_patterns(".*"))
+        log.write(f"{number} {event} {'hidden' if hidden(Path(arguments[0])) else 'seen'}\n")
+
+    sys.addaudithook(hook)
+
+
+def hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 class Done(Exception):
     """Every operation has had its kill."""
 
 
 def operations(model: str, data: str, runs: Path) -> dict[str, Any]:
-    """Kill a run that replaces an earlier one before each of its file operations in turn.
+    """What a run that replaces an earlier one leaves if it is killed at any of its file operations.
 
-    The runs fork where the run's folder is claimed, the first thing that writes, so that the model is loaded once.
+    One run shows it for all of them; some, among them one of each kind, are killed for real and then run again. Runs
+    fork where the run's folder is claimed, the first thing that writes, so that the model is loaded once.
     """
     values: dict[str, Any] = {
         "model": model, "train": data, "name": "one", "runs": str(runs), "overwrite": True, "max_seq_length": 32,
         "batch_size": 16, "max_steps": 1, "device": "cpu", "save_steps": 1, "learning_rate": 0.05,
     }  # fmt: skip
-    folder, earlier = runs / "one", runs.parent / "earlier"
+    folder, earlier, copies = runs / "one", runs.parent / "earlier", runs.parent / "copies"
     references: list[dict[str, Embeddings]] = []
     for seed in (1, 2):
         assert ended(fork(partial(run, RunConfig(**values, seed=seed)))) == 0
@@ -119,44 +147,59 @@ def operations(model: str, data: str, runs: Path) -> dict[str, Any]:
             shutil.copytree(folder, earlier)
     assert all(np.abs(references[0][name] - references[1][name]).max() > 1e-4 for name in references[0])
     claim: Callable[[RunConfig], Path] = vars(burnish.core.runs)["claim_folder"]
-    faults: list[str] = []
-    states: dict[str, int] = {}
+    found: dict[str, Any] = {"faults": [], "states": {}, "kills": 0}
+    faults: list[str] = found["faults"]
 
-    def killed_at_each(config: RunConfig) -> Path:
-        for number in range(1, 1000):
+    def start(config: RunConfig, before: Callable[[], object], *, fresh: bool) -> int:
+        """Fork a run, after the earlier one's folder is put back if it is to be `fresh`; 0 in the child."""
+        if fresh:
             shutil.rmtree(runs)
             shutil.copytree(earlier, folder)
-            pid = os.fork()
-            if pid == 0:
-                die_at(number, runs)
+        if (pid := os.fork()) == 0:
+            before()
+        return pid
+
+    def examined(config: RunConfig) -> Path:
+        if (pid := start(config, partial(record, runs, copies), fresh=True)) == 0:
+            return claim(config)
+        assert ended(pid) == 0
+        done = [line.split(" ", 1) for line in (copies / "operations.txt").read_text().splitlines()]
+        for number in sorted({int(copy) for copy, _ in done}):
+            count = sum(int(copy) == number for copy, _ in done)
+            state = judge(copies / str(number), references, number, faults)
+            found["states"][state] = found["states"].get(state, 0) + count
+        found["operations"], kinds = len(done), [kind for _, kind in done]
+        found["kinds"] = sorted(set(kinds))
+        middles = [[n for n, one in enumerate(kinds, 1) if one == kind] for kind in found["kinds"]]
+        for number in sorted({*range(1, len(kinds), 25), *(some[len(some) // 2] for some in middles)}):
+            if (pid := start(config, partial(die_at, number, runs), fresh=True)) == 0:
                 return claim(config)
             code = ended(pid)
-            if code == 0:
-                break
             assert code == -signal.SIGKILL, f"the run ended by itself, with {code}"
-            state = judge(runs, references, number, faults)
-            states[state] = states.get(state, 0) + 1
-            if number % 8 == 0:
-                again = os.fork()
-                if again == 0:
-                    return claim(config)
-                if (code := ended(again)) != 0:
-                    faults.append(f"operation {number}: a second run ended with {code}")
-                left = sorted(path.name for path in folder.iterdir())
-                if left != ["adapter", "checkpoints", "merged", "metrics.json", "report.html", "settings.json"]:
-                    faults.append(f"operation {number}: after a second run there is {left}")
+            found["kills"] += 1
+            if (state := judge(runs, references, number, faults)) not in found["states"]:
+                faults.append(f"operation {number}: a kill leaves {state}, and the run showed nothing of it")
+            if found["kills"] % 2:
+                continue
+            if (again := start(config, lambda: None, fresh=False)) == 0:
+                return claim(config)
+            if (code := ended(again)) != 0:
+                faults.append(f"operation {number}: a second run ended with {code}")
+            left = sorted(path.name for path in folder.iterdir())
+            if left != ["adapter", "checkpoints", "merged", "metrics.json", "report.html", "settings.json"]:
+                faults.append(f"operation {number}: after a second run there is {left}")
         raise Done
 
-    vars(burnish.core.runs)["claim_folder"] = killed_at_each
+    vars(burnish.core.runs)["claim_folder"] = examined
     try:
         run(RunConfig(**values, seed=2))
     except Done:
-        return {"operations": sum(states.values()), "faults": faults, "states": states}
+        return found
     os._exit(0)  # a child that was to be killed later than it lived
 
 
 def judge(runs: Path, references: list[dict[str, Embeddings]], number: int, faults: list[str]) -> str:
-    """Which of the two runs' models are there; what is neither whole goes into `faults`."""
+    """Which of the two runs' models are there; one that is neither run's goes into `faults`."""
     there = []
     for model in models_in(runs):
         name = str(model.relative_to(runs / "one"))
