@@ -55,6 +55,7 @@ for asked, answered in pairs:
 # Where read_all runs a consumer in the Python that runs the tests, in place of an environment.
 HERE = "here"
 _rows: list[dict[str, Any]] = []
+_ran: set[str] = set()
 
 
 def loaded(script: Path) -> Any:
@@ -176,8 +177,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Rows come with the report of the test that noted them, whichever process ran it."""
+    test = report.nodeid.rpartition("/")[2]
+    _ran.add(test)
     if report.when == "call":
-        told = {"test": report.nodeid.rpartition("/")[2], "passed": report.passed, "long": "long" in report.keywords}
+        told = {"test": test, "passed": report.passed, "long": "long" in report.keywords}
         for name, row in report.user_properties:
             if name == PROPERTY:
                 assert isinstance(row, dict)
@@ -190,7 +193,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     table = loaded(ROOT / "benchmarks" / "exports.py")
     terminalreporter.section("exports")
-    written = write_logs(_rows, ROOT / "benchmarks" / "results") if config.getoption("--write-log", False) else []
+    written = write_logs(_rows, _ran, ROOT / "benchmarks" / "results") if config.getoption("--write-log", False) else []
     known = [{**row, "date": date.today().isoformat()} for row in _rows]
     ran = {row["long"] for row in _rows}
     others = [path for path in table.newest() if ("long" in path.name) not in ran]

@@ -110,14 +110,19 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def write_logs(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write the rows to dated logs: those of long tests to one of their own."""
+def write_logs(rows: list[dict[str, Any]], ran: set[str], folder: Path) -> list[Path]:
+    """Write the rows to dated logs, those of long tests to one of their own.
+
+    A log of today keeps what tests noted that are not among those that ran now.
+    """
     written = []
     head = {"date": date.today().isoformat(), **describe_environment("cpu")}
     for name, long in (("exports", False), ("exports-long", True)):
         part = [{key: value for key, value in row.items() if key != "long"} for row in rows if row["long"] == long]
         if part:
             path = folder / f"{name}-{head['date']}-cpu.jsonl"
+            before = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+            part = [*(row for row in map(json.loads, before) if row["test"] not in ran), *part]
             path.write_text("".join(json.dumps(line) + "\n" for line in (head, *part)), encoding="utf-8")
             written.append(path)
     return written
