@@ -90,6 +90,10 @@ def sigmoid(rows: Any) -> Any:
     return 1 / (1 + np.exp(-rows))
 
 
+def unit(rows: Any) -> Any:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def softmax(rows: Any) -> Any:
     return np.exp(rows) / np.exp(rows).sum(1, keepdims=True)
 
@@ -133,6 +137,18 @@ def test_classes(api: str, classifier: Path) -> None:
         served.labels = ["no", "yes", "may be"]
         other = ask(classifier, served, api)
         assert api == "vllm" or not other.good, "labels that are mixed up"
+
+
+@pytest.mark.parametrize(("squash", "word"), [(softmax, "softmaxes"), (sigmoid, "sigmoids")])
+def test_probabilities_are_taken_back_to_logits(squash: Any, word: str, classifier: Path) -> None:
+    inner = scorer(CrossEncoder(str(classifier), device="cpu"))
+    # As of a server that gives them whatever it is asked for.
+    given = Served(score=lambda inputs: squash(np.asarray(inner(inputs))), labels=deploy.read(classifier)["labels"])
+    with serving(given) as served:
+        verdict = ask(classifier, served, "tei")
+        assert verdict.good and verdict.notes == (f"its scores are the {word} of logits: those are compared",), verdict
+        served.score = lambda inputs: squash(np.asarray(inner(inputs)) + np.eye(3)[0] / 10)
+        assert not ask(classifier, served, "tei").good
 
 
 def test_another_pooling_is_found(folder: Path, tiny_bert: Path) -> None:
@@ -348,7 +364,7 @@ def test_bounds_of_ones_own(ranker: Path, folder: Path, served: Served, cli: Cli
         assert cli(*flags)[0] == 1 and cli(*flags, "--difference", "0.03")[0] == 0
         assert "--cosine: scores have none. Pass --difference" in cli(*flags, "--cosine", "0.9")[2]
         assert cli(*flags, "--difference", "0.01")[0] == 1
-    served.given = lambda rows: [[number + 0.005 * (-1) ** place for place, number in enumerate(row)] for row in rows]
+    served.given = lambda rows: unit(np.asarray(rows) + 0.01 * (-1.0) ** np.arange(32)).tolist()
     flags = ("verify", folder, "--url", served.url, "--api", "tei")
     assert cli(*flags)[0] == 1 and cli(*flags, "--cosine", "0.99")[0] == 0
 
