@@ -193,7 +193,8 @@ def _compare(
         theirs = np.full_like(ours, np.nan)
     whole, ours = ours, ours[:, : theirs.shape[1]]  # a model that is cut to fewer dimensions gives the first ones
     difference = float(np.abs(ours - theirs).max())
-    cosine = None if scores else float(_cosines(ours, theirs).min())
+    cosines = _cosines(ours, theirs)
+    cosine = None if scores else float(cosines.min())
     tokens = _same_tokens(reference["token_ids"], answer["token_ids"])
     if not scores and theirs.shape == whole.shape and endpoint_scales.unit(whole) and not endpoint_scales.unit(theirs):
         lengths = np.linalg.norm(theirs, axis=1)
@@ -201,9 +202,11 @@ def _compare(
             f"its vectors are {lengths.min():.3g} to {lengths.max():.3g} long, and the model's are of length 1"
         )
     if cosine is not None and not cosine >= wanted:
-        found.append(f"the smallest cosine is {cosine:.6f}, below {wanted:.6f}")
+        which = _named(reference, "texts", int(cosines.argmin()))
+        found.append(f"the smallest cosine is {cosine:.6f}, below {wanted:.6f}{which}")
     if scores and not difference <= (_least(reference["outputs"]) if off is None else off):
-        found.append(f"a score is off by {difference:.2e}")
+        which = _named(reference, "inputs", int(np.abs(ours - theirs).max(axis=1).argmax()))
+        found.append(f"a score is off by {difference:.2e}{which}")
     if tokens is False:
         found.append(f"{_odd_tokens(reference, answer)} of {len(ours)} inputs became other tokens")
     shorter = ours.shape[1] < whole.shape[1]
@@ -212,6 +215,13 @@ def _compare(
         runtime=name, versions=answer["versions"], inputs=len(ours), cosine=cosine, difference=difference,
         rank=_same_order(ours, theirs, scores), tokens=tokens, faults=tuple(found), notes=tuple(notes),
     )  # fmt: skip
+
+
+def _named(reference: Mapping[str, Any], column: str, place: int) -> str:
+    """The input that is furthest off, cut to a few words."""
+    given = reference.get(column)
+    said = json.dumps(given[place], ensure_ascii=False) if given is not None else ""
+    return f", of {said if len(said) <= 80 else said[:77] + '…'}" if said else ""
 
 
 def _table(rows: Any) -> NDArray[np.float64]:

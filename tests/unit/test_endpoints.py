@@ -167,7 +167,7 @@ def test_another_pooling_is_found(folder: Path, tiny_bert: Path) -> None:
 def test_lost_prompts_are_found(folder: Path, served: Served) -> None:
     served.heard = lambda text: text.removeprefix("find this: ")
     verdict = ask(folder, served)
-    assert not verdict.good and verdict.cosine < 0.999, verdict
+    assert not verdict.good and verdict.cosine < 0.999 and ', of "find this: ' in verdict.faults[0], verdict
     # As a server does that was told of a default prompt.
     served.heard = lambda text: f"find this: {text}"
     assert not ask(folder, served).good
