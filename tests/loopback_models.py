@@ -36,6 +36,8 @@ class Served:
         status: An error's status, and what it says with it.
         delay: Seconds before it answers.
         raw: Bytes in place of every answer.
+        drip: Seconds between one of those bytes and the next.
+        short: How many bytes more than it sends it says there are.
         heard: What happens to texts before they are computed.
         given: What happens to the list of results before it is sent.
         refuse: Which texts it refuses, with the status `refusal`.
@@ -51,6 +53,8 @@ class Served:
     status: tuple[int, Any] | None = None
     delay: float = 0.0
     raw: bytes | None = None
+    drip: float = 0.0
+    short: int = 0
     heard: Callable[[str], str] = str
     given: Change = list
     refuse: Callable[[str], bool] = lambda text: False
@@ -166,9 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         if 300 <= status < 400:
             self.send_header("Location", "http://127.0.0.1:1/elsewhere")
-        self.send_header("Content-Length", str(len(said)))
+        self.send_header("Content-Length", str(len(said) + self.server.served.short))
         self.end_headers()
-        self.wfile.write(said)
+        drip = self.server.served.drip
+        for part in [said[place : place + 1] for place in range(len(said))] if drip else [said]:
+            self.wfile.write(part)
+            time.sleep(drip)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Say nothing."""
