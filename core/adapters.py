@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -347,10 +348,17 @@ def read_adapter(transformer: PreTrainedModel, name: str, **hub: Any) -> None:
 def mend_saved(folder: Path) -> None:
     """Name DoRA's magnitudes in a saved adapter so that transformers finds them: "…magnitude_vector.weight".
 
-    PEFT writes them without the ending and takes both; transformers inserts the adapter's name before the ending.
+    PEFT writes them without the ending and takes both; transformers inserts the adapter's name before the ending. And
+    name a base whose transformer has a folder of its own by that, for readers look for a config in what is named.
     """
     from safetensors.torch import load_file, save_file
 
+    if (said := folder / "adapter_config.json").exists():
+        config = json.loads(said.read_text(encoding="utf-8"))
+        base = Path(config["base_model_name_or_path"] or "")
+        if (base / "modules.json").exists() and not (base / "config.json").exists():
+            inner = json.loads((base / "modules.json").read_text(encoding="utf-8"))[0]["path"]
+            said.write_text(json.dumps({**config, "base_model_name_or_path": str(base / inner)}, indent=2) + "\n")
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         return
