@@ -22,6 +22,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _CLASSIC = "sentence_transformers.models."
 _POOLING = "1_Pooling"  # it opens this folder, whatever modules.json says
 _CLASSIFIES = "Classification"
+_GRAPHS = ("model.onnx", "onnx/model.onnx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +159,9 @@ class _Reader:
             return
         index = self._json("model.safetensors.index.json")
         parts = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(parts, dict) and any((self.folder / name).exists() for name in _GRAPHS):
+            yield "it has an ONNX graph in place of safetensors: TEI's images for ONNX Runtime read that, unchecked here"
+            return
         if not isinstance(parts, dict):
             yield "there are no weights: TEI wants model.safetensors, or model.safetensors.index.json"
             return

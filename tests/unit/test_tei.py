@@ -179,6 +179,15 @@ def test_shards(saved: Saved, tmp_path: Path) -> None:
     assert tei.check(copy).faults == ("model-2.safetensors is missing, which model.safetensors.index.json names",)
 
 
+def test_a_graph_in_place_of_weights(saved: Saved, tmp_path: Path) -> None:
+    copy = edited(saved["plain"], tmp_path / "graph", "model.safetensors", None)
+    (copy / "onnx").mkdir()
+    (copy / "onnx" / "model.onnx").write_bytes(b"")
+    deploy.write_description(copy, deploy.read(copy))
+    (fault,) = tei.check(copy).faults
+    assert fault.startswith("it has an ONNX graph in place of safetensors")
+
+
 def fitting(model_type: str) -> dict[str, Any]:
     """A config of a model type as TEI wants it."""
     values = {"integer": 8, "number": 0.5, "boolean": False, "string": "gelu"}
