@@ -160,7 +160,7 @@ class _Reader:
         index = self._json("model.safetensors.index.json")
         parts = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(parts, dict) and any((self.folder / name).exists() for name in _GRAPHS):
-            yield "it has an ONNX graph in place of safetensors: TEI's images for ONNX Runtime read that, unchecked here"
+            yield "it has an ONNX graph and no safetensors: only TEI's images for ONNX Runtime read it, unchecked"
             return
         if not isinstance(parts, dict):
             yield "there are no weights: TEI wants model.safetensors, or model.safetensors.index.json"

@@ -185,7 +185,7 @@ def test_a_graph_in_place_of_weights(saved: Saved, tmp_path: Path) -> None:
     (copy / "onnx" / "model.onnx").write_bytes(b"")
     deploy.write_description(copy, deploy.read(copy))
     (fault,) = tei.check(copy).faults
-    assert fault.startswith("it has an ONNX graph in place of safetensors")
+    assert fault.startswith("it has an ONNX graph and no safetensors")
 
 
 def fitting(model_type: str) -> dict[str, Any]:
