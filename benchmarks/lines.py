@@ -142,6 +142,7 @@ def compare(
             of_system = found.setdefault((line["device"], cell, line["run"]), {}).setdefault(line["system"], {})
             of_system[tuple(value(line, name) for name in SETTINGS)] = line
     last: dict[tuple[Any, ...], Comparison] = {}
+    tried: dict[tuple[Any, ...], int] = {}
     for (device, cell, run), systems in found.items():
         other = systems if peer_mode is None else found.get((device, _in_mode(cell, peer_mode), run), {})
         theirs = list(next((other[name] for name in systems_of(peer) if name in other), {}).values())
@@ -150,11 +151,13 @@ def compare(
             ours = [line for line in ours if is_plain(line)]
         first, second = best(ours, figure), best(theirs, figure)
         if first is not None and second is not None and first is not second:
-            # A later run takes the place of an earlier one, unless it failed where that one had a result.
+            # A later run takes the place of an earlier one, unless it failed where that one had a result, or tried
+            # fewer of the peer's settings.
             made = _compared(cell, run, device, first, second, figure)
             before = last.get((device, cell))
-            if made.ratio is not None or before is None or before.ratio is None:
-                last[device, cell] = made
+            as_good = made.ratio is not None and len(theirs) >= tried.get((device, cell), 0)
+            if as_good or before is None or before.ratio is None:
+                last[device, cell], tried[device, cell] = made, len(theirs)
     return list(last.values())
 
 

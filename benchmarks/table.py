@@ -161,7 +161,8 @@ class Limit:
 
 
 LIMIT_HEADINGS = (
-    "Goal", "Device", "System", "Allocated, GB", "On the device, GB", "Least with", "Plain, GB", "At most", "Reached"
+    "Goal", "Device", "System", "Allocated, GB", "On the device, GB", "Least with", "ms a step", "Plain, GB", "At most",
+    "Reached",
 )  # fmt: skip
 
 
@@ -171,20 +172,23 @@ def limits(path: Path = HERE / "goals.toml") -> list[Limit]:
 
 
 def limit_rows(lines: Sequence[Line], wanted: Sequence[Limit]) -> list[tuple[str, ...]]:
-    """A row for each limit, device and system of the last run that has it: the setting of the least memory, and what
-    the plain one takes; and one that says so for a limit that has not been measured."""
+    """A row for each limit, device and system: the setting of the least memory with its step's median, and what the
+    plain one takes; and one that says so for a limit that has not been measured. Of each setting the last line counts,
+    unless it failed where an earlier one had a result."""
     found: list[tuple[str, ...]] = []
     for limit in wanted:
         taken = [line for line in lines if speaks_of(limit.where, line["device"], line)]
         devices = sorted({line["device"] for line in taken})
         for device in devices:
-            here = [line for line in taken if line["device"] == device]
-            runs = [line["run"] for line in here if line["system"] == limit.system] or [here[-1]["run"]]
-            last = [line for line in here if line["run"] == runs[-1]]
-            for name in sorted({line["system"] for line in last}, key=lambda name: (name == limit.system, name)):
-                found.append(_limit_row(limit, device, name, [line for line in last if line["system"] == name]))
+            last: dict[tuple[str, str], Line] = {}
+            for line in taken:
+                key = (line["system"], setting(line))
+                if line["device"] == device and ("error" not in line or "error" in last.get(key, line)):
+                    last[key] = line
+            for name in sorted({name for name, _ in last}, key=lambda name: (name == limit.system, name)):
+                found.append(_limit_row(limit, device, name, [one for key, one in last.items() if key[0] == name]))
         if not devices:
-            found.append((limit.goal, "–", "–", "–", "–", "–", "–", _most(limit), "not measured"))
+            found.append((limit.goal, "–", "–", "–", "–", "–", "–", "–", _most(limit), "not measured"))
     return found
 
 
@@ -195,14 +199,14 @@ def _most(limit: Limit) -> str:
 def _limit_row(limit: Limit, device: str, name: str, lines: Sequence[Line]) -> tuple[str, ...]:
     one, plain = best(lines, "peak_gib"), best([line for line in lines if is_plain(line)], "peak_gib")
     assert one is not None
-    peak = gigabytes(one.get("peak_gib"))
+    peak, step = gigabytes(one.get("peak_gib")), one.get("step_ms_median")
     judged = "" if name != limit.system else "no"
     if name == limit.system and peak is not None and peak <= limit.at_most:
         judged = "the moonshot" if peak <= limit.moonshot else "yes"
     return (
         limit.goal, device, name, _gb(peak), _gb(gigabytes(one.get("process_gib"))),
-        "no result" if peak is None else setting(one), _gb(None if plain is None else gigabytes(plain.get("peak_gib"))),
-        _most(limit) if judged else "", judged,
+        "no result" if peak is None else setting(one), "–" if step is None else f"{step:,.0f}",
+        _gb(None if plain is None else gigabytes(plain.get("peak_gib"))), _most(limit) if judged else "", judged,
     )  # fmt: skip
 
 
@@ -274,8 +278,10 @@ def kept_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
 
 
 def committed(*kinds: str) -> list[Path]:
-    """Results that are in the repository, the older first: those whose names begin so."""
-    return sorted(path for kind in kinds for path in (HERE / "results").glob(f"{kind}-*.jsonl"))
+    """Results that are in the repository, the older first: those whose names begin so. A second file of a day has a
+    longer name, and comes after the first."""
+    found = (path for kind in kinds for path in (HERE / "results").glob(f"{kind}-*.jsonl"))
+    return sorted(found, key=lambda path: path.stem)
 
 
 def results_table(part: str = "goals", results: Sequence[Path] = ()) -> str:

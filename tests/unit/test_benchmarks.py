@@ -320,14 +320,38 @@ def test_limits_are_in_gb_and_take_the_least_of_each_system(bench: dict[str, Mod
         line("unsloth", None),
     ]  # fmt: skip
     rows = {row[2]: row[3:] for row in table.limit_rows(found, [limit])}
-    assert rows["st-fa2"] == ("3.00", "4.00", "checkpointing", "6.00", "", "")
-    assert rows["burnish"] == ("1.50", "2.00", "checkpointing offload", "3.00", "2, moonshot 1", "yes")
+    assert rows["st-fa2"] == ("3.00", "4.00", "checkpointing", "–", "6.00", "", "")
+    assert rows["burnish"] == ("1.50", "2.00", "checkpointing offload", "–", "3.00", "2, moonshot 1", "yes")
     assert rows["unsloth"][2] == "no result"
     assert table.limit_rows([], [limit])[0][-1] == "not measured"
     less = [*found, line("burnish", 0.9 * gib, checkpointing="selective")]
     assert table.limit_rows(less, [limit])[-1][-1] == "the moonshot"
     assert table.limit_rows(found[:3], [limit])[-1][-1] == "no"
+    later = [line("unsloth", 2 * gib, run="two", step_ms_median=1234.5), line("burnish", None, run="two")]
+    rows = {row[2]: row[3:] for row in table.limit_rows([*found, *later], [limit])}
+    assert rows["unsloth"][3] == "1,234" and rows["burnish"][4] == "3.00"  # a setting's last line that has a result
     assert len(table.limits()) == 3
+
+
+def test_a_later_run_takes_the_place_of_one_that_tried_no_more_of_the_peer(bench: dict[str, ModuleType]) -> None:
+    lines = bench["lines"]
+    first = [line("burnish", 1.0), line("st-fa2", 4.0), line("st-fa2", 2.0, checkpointing=True)]
+    later = [line("burnish", 1.0, run="two"), line("st-fa2", 4.0, run="two")]
+    [least] = lines.compare([*first, *later], "burnish", "st", "peak_gib", settings="best")
+    assert (least.run, least.ratio) == ("one", 2.0)
+    [plain] = lines.compare([*first, *later], "burnish", "st", "peak_gib")
+    assert plain.run == "two"
+
+
+def test_a_second_file_of_a_day_comes_after_the_first(
+    bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results").mkdir()
+    names = ["heads-2026-11-26-h100-x1.jsonl", "heads-2026-11-26-h100.jsonl", "heads-2026-11-25-h100.jsonl"]
+    for name in names:
+        (tmp_path / "results" / name).touch()
+    monkeypatch.setattr(bench["table"], "HERE", tmp_path)
+    assert [path.name for path in bench["table"].committed("heads")] == names[::-1]
 
 
 def test_peers_refuse_settings_that_they_do_not_have(bench: dict[str, ModuleType]) -> None:
