@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from burnish.core import deploy
-from burnish.core.verifying import verify
+from burnish.core.endpoint_calls import Endpoint
+from burnish.core.verifying import verify, verify_url
 
 from ... import loopback_hub as server
 from ...pages import blocks
@@ -36,17 +37,19 @@ PAGE = (PAGES / "llama-cpp.md").read_text(encoding="utf-8")
 
 _LIVE = """
 import json, sys
-from burnish import FastSentenceTransformer
-model = FastSentenceTransformer.from_pretrained(sys.argv[1], for_inference=True, device="cpu")
+import burnish
+model = getattr(burnish, sys.argv[3]).from_pretrained(sys.argv[1], for_inference=True, device="cpu")
 for name, arguments, options in json.loads(sys.argv[2]):
     said = getattr(model, name)(*arguments, **options)
     print("said", said)
 """
 
 
-def call(python: Path, source: Path, *calls: Sequence[Any], **environment: str) -> subprocess.CompletedProcess[str]:
+def call(
+    python: Path, source: Path, *calls: Sequence[Any], kind: str = "FastSentenceTransformer", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Methods of a live model, one after the other: (name, arguments, options)."""
-    return run(python, _LIVE, source, json.dumps(calls), env={**os.environ, **environment})
+    return run(python, _LIVE, source, json.dumps(calls), kind, env={**os.environ, **environment})
 
 
 def test_saved_from_the_live_model(adapter: Path, served: Path, python: Python, tmp_path: Path) -> None:
@@ -60,6 +63,16 @@ def test_saved_from_the_live_model(adapter: Path, served: Path, python: Python, 
     assert list(rows) == ["q8_0", "q4_k_m"] and "merged" not in (tmp_path / "live" / "Modelfile").read_text()
     wanted = {row["precision"]: row["cosine_min"] for row in deploy.read(served)["quality"]}
     assert all(row["cosine_min"] == pytest.approx(wanted[name], abs=2e-3) for name, row in rows.items())
+    assert read_by(python, "llama-cpp", tmp_path / "live").good
+
+
+def test_a_reranker_saved_from_the_live_model(exported: Callable[[str], Path], python: Python, tmp_path: Path) -> None:
+    source = exported("xlm_roberta ranker").with_name("model")
+    method = ("save_pretrained_gguf", [str(tmp_path / "live")], {"quantization_method": "f16"})
+    done = call(python("gguf"), source, method, kind="FastCrossEncoder")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = deploy.read(tmp_path / "live")["quality"]
+    assert row["cosine_min"] is None and row["largest_difference"] < 1e-3
     assert read_by(python, "llama-cpp", tmp_path / "live").good
 
 
@@ -211,6 +224,8 @@ def test_the_pages_server(place: Path, adapter: Path, python: Python) -> None:
         assert near(long["embedding"], encoded(adapter, ["planet " * 250])[0])
         with pytest.raises(urllib.error.HTTPError):
             post(f"{address}/v1/embeddings", input="planet " * 300)
+        verdict = verify_url(place / "served", Endpoint(url=address, api="openai"))
+        assert verdict.good and verdict.inputs == 16, verdict  # of 19: one is too long, two become other tokens
 
 
 def test_the_pages_ranking_server(place: Path, python: Python) -> None:
@@ -218,6 +233,8 @@ def test_the_pages_ranking_server(place: Path, python: Python) -> None:
     documents = ["Mars is called the Red Planet.", "Venus is called Earth's twin."]
     with llama_server(python, place, command) as address:
         rows = post(f"{address}/v1/rerank", query="Which planet is red?", documents=documents)["results"]
+        verdict = verify_url(place / "reranker", Endpoint(url=address, api="cohere"))
+        assert verdict.good and verdict.inputs == 14, verdict
     scores = {documents[row["index"]]: row["relevance_score"] for row in rows}
     assert near(list(scores.values()), ranked(scores, place / "reranker"))
 
