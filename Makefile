@@ -38,9 +38,12 @@ test-weights: $(VENV)/.dev-done weights ## Run the tests on real all-mpnet-base-
 
 # Made at once and four at a time, where tests would make one after another.
 QUICK_EXPORTS := st-3.4 st-5.7 exporter onnxruntime openvino fastembed langchain faiss pgvector qdrant node
-.PHONY: test-exports
-test-exports: $(VENV)/.dev-done ## Read saved and exported folders with what CI has: the quick part of verify-exports
+.PHONY: export-environments
+export-environments: $(VENV)/.dev-done
 	@$(VENV)/bin/python .ci/environments.py .venv-exports $(QUICK_EXPORTS) >/dev/null
+
+.PHONY: test-exports
+test-exports: export-environments ## Read saved and exported folders with what CI has: the quick part of verify-exports
 	@$(VENV)/bin/pytest -m 'exports and quick' tests/exports $(ARGS)
 
 .PHONY: verify-exports
