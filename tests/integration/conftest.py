@@ -41,6 +41,19 @@ def pairs() -> Any:
 
 
 @pytest.fixture(scope="session")
+def quantises() -> None:
+    """For tests of 4 and 8 bits on the CPU, which an older bitsandbytes is refused for."""
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    from burnish.core.quantised import CPU_FLOOR
+
+    if Version(version("bitsandbytes")) < Version(CPU_FLOOR):
+        pytest.skip(f"bitsandbytes {CPU_FLOOR} has the CPU path")
+
+
+@pytest.fixture(scope="session")
 def load() -> Callable[..., Any]:
     """`FastSentenceTransformer.from_pretrained` on the CPU."""
     from burnish import FastSentenceTransformer

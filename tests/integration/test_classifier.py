@@ -240,6 +240,7 @@ def test_reports_of_other_problems(tiny_bert: Path, tmp_path: Path) -> None:
         number.calibrate(data)
 
 
+@pytest.mark.usefixtures("quantises")
 def test_over_four_bits(tiny_bert: Path, tmp_path: Path) -> None:
     model = FastClassifier.from_pretrained(str(tiny_bert), device="cpu", labels=NAMES, load_in_4bit=True)
     model = alive(FastClassifier.get_peft_model(model, r=4))

@@ -219,6 +219,7 @@ def test_a_sixteen_bit_base_has_a_head_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "modernbert", "qwen3", "mpnet", "xlm-roberta"])
+@pytest.mark.usefixtures("quantises")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_heads_over_a_quantised_base(model_type: str, bits: int, tmp_path: Path) -> None:
     from burnish.core.heads import head_modules

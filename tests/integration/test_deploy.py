@@ -94,6 +94,7 @@ def test_a_checkpoint_pays_for_nothing(tiny_bert_st: Path, tmp_path: Path) -> No
     assert (tmp_path / "checkpoint" / deploy.FILE).exists()
 
 
+@pytest.mark.usefixtures("quantises")
 def test_where_others_load_another_model_there_are_none(tiny_bert_st: Path, tmp_path: Path) -> None:
     model = loaded(tiny_bert_st, full_finetuning=False, load_in_4bit=True)
     with quietly():
