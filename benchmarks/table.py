@@ -2,6 +2,7 @@
 
 python benchmarks/table.py [RESULTS.jsonl …]     without files: those in benchmarks/results
 python benchmarks/table.py --part memory         GB against the limits of goals.toml
+python benchmarks/table.py --part heads          rerankers and classifiers, cell by cell
 python benchmarks/table.py --part context        the longest text in so many GB (context.py)
 python benchmarks/table.py --part kept           what a layer keeps (memory_saved.py)
 """
@@ -219,6 +220,40 @@ def _gb(size: float | None) -> str:
     return "–" if size is None else f"{size:.2f}"
 
 
+HEAD_HEADINGS = (
+    "Model", "Trained", "Tokens", "Device", "Against", "ms a step", "Pairs or texts a second", "Times",
+    "Allocated, GB", "Share", "On the device, GB", "Floor, GB",
+)  # fmt: skip
+
+
+def head_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """A row for each cell with a head and each peer that the last run of both has: the peer's figure, then ours."""
+    taken = [line for line in lines if line.get("task", "embedding") != "embedding"]
+    peers = ("st", "transformers", "unsloth")
+    found = [one for peer in peers for one in compare(taken, "burnish", peer, "pairs_per_s") if one.lines is not None]
+    places = {name: place for place, name in enumerate(dict.fromkeys(line["model"] for line in taken))}
+    found.sort(key=lambda one: (one["task"] == "classify", places[one["model"]], one["mode"], one["seq"], one.device))
+    return [_head_row(one) for one in found]
+
+
+def _head_row(one: Comparison) -> tuple[str, ...]:
+    assert one.lines is not None and one.ratio is not None
+    ours, theirs = one.lines
+
+    def both(figure: str, digits: int, *, gib: bool = False) -> str:
+        values = [line[figure] * (2**30 / 1e9 if gib else 1) for line in (theirs, ours)]
+        return " → ".join(f"{value:,.{digits}f}" for value in values)
+
+    # An adapter's or model's trained weights have float32 gradients and two of AdamW's states beside what was loaded.
+    floor = (ours["load_peak_gib"] * 2**30 + 12 * ours["trained_parameters"]) / 1e9
+    return (
+        one["model"].removesuffix("-classifier"), {"lora16": "LoRA", "full": "all"}.get(one["mode"], one["mode"]),
+        str(one["seq"]), one.device, theirs["system"], both("step_ms_median", 1), both("pairs_per_s", 0),
+        f"{one.ratio:.2f}×", both("peak_gib", 2, gib=True), f"{ours['peak_gib'] / theirs['peak_gib']:.2f}",
+        both("process_gib", 2, gib=True), _gb(floor),
+    )  # fmt: skip
+
+
 CONTEXT_HEADINGS = (
     "Model",
     "Device",
@@ -290,6 +325,8 @@ def results_table(part: str = "goals", results: Sequence[Path] = ()) -> str:
         return markdown(context_rows(read(results or committed("context"))), CONTEXT_HEADINGS)
     if part == "kept":
         return markdown(kept_rows(read(results or committed("saved"))), KEPT_HEADINGS)
+    if part == "heads":
+        return markdown(head_rows(read(results or committed("heads"))), HEAD_HEADINGS)
     if part == "memory":
         return markdown(limit_rows(read(results or committed("grid", "memory")), limits()), LIMIT_HEADINGS)
     return markdown(rows(read(results or committed("grid", "cpu", "memory", "heads")), goals()))
@@ -299,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
-    parser.add_argument("--part", default="goals", choices=("goals", "memory", "context", "kept"))
+    parser.add_argument("--part", default="goals", choices=("goals", "memory", "heads", "context", "kept"))
     given = parser.parse_args(arguments)
     print(results_table(given.part, given.results))
 

@@ -14,6 +14,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -232,24 +233,9 @@ def versions() -> str:
 
 
 def benchmarks(part: str = "goals", script: str = "table.py") -> str:
-    """How often each goal is reached by the committed results."""
+    """How often each goal is reached by the committed results, or another part of what the script says of them."""
     command = [sys.executable, str(DOCS.parent / "benchmarks" / script), "--part", part]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout.strip()
-
-
-def memory() -> str:
-    """GB that training takes by the committed results, against the limits."""
-    return benchmarks("memory")
-
-
-def kept() -> str:
-    """What a layer keeps by the committed results."""
-    return benchmarks("kept")
-
-
-def context() -> str:
-    """The longest texts that fit by the committed results."""
-    return benchmarks("context")
 
 
 def consumers() -> str:
@@ -374,10 +360,9 @@ def _flag_default(flag: Any) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     part.__name__: part
     for part in (
-        options, hooks, values, types, operations, claims, checks, families, commands, versions, benchmarks, memory,
-        context, kept, consumers,
+        options, hooks, values, types, operations, claims, checks, families, commands, versions, benchmarks, consumers,
     )
-}  # fmt: skip
+} | {part: partial(benchmarks, part) for part in ("memory", "heads", "kept", "context")}  # fmt: skip
 
 
 def fresh(page: str) -> str:

@@ -155,3 +155,17 @@ def test_nf4_s_arms_make_the_same_weights(bench: dict[str, ModuleType]) -> None:
     ours, plain = made["ours, with the update"], made["bitsandbytes, then addmm"]
     assert (ours - made["ours"]).abs().max() > 0.1, "the update was not added"
     torch.testing.assert_close(ours, plain, atol=0.01, rtol=0.02)
+
+
+def test_a_head_s_row_has_the_floor_of_its_memory(bench: dict[str, ModuleType]) -> None:
+    gib = 1e9 / 2**30
+    where = {
+        "model": "MiniLM-classifier", "mode": "full", "seq": 256, "batch": 32, "lengths": "natural", "device": "NVIDIA",
+        "dropout": "config", "run": "one", "task": "classify", "trained_parameters": 250_000_000, "load_peak_gib": gib,
+    }  # fmt: skip
+    ours = {"pairs_per_s": 300.0, "step_ms_median": 10.0, "peak_gib": 5 * gib, "process_gib": 6 * gib}
+    theirs = {name: 2 * value for name, value in ours.items()} | {"pairs_per_s": 100.0}
+    lines = [{**where, "system": name, **one} for name, one in (("burnish", ours), ("transformers", theirs))]
+    [row] = bench["table"].head_rows([*lines, {**where, "system": "unsloth", "error": "no result"}])
+    assert row[:3] == ("MiniLM", "all", "256") and row[4:6] == ("transformers", "20.0 → 10.0")
+    assert row[6:] == ("100 → 300", "3.00×", "10.00 → 5.00", "0.50", "12.00 → 6.00", "4.00")
