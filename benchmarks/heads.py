@@ -143,14 +143,16 @@ def _transformers(path: Path, given: Namespace) -> HeadArm:
     full = given.mode.startswith("full")
     if given.system == "unsloth":
         fast = import_module("unsloth").FastModel
+        again = "unsloth" if given.checkpointing == "offload" else given.checkpointing  # else it checkpoints unasked
         model, tokenizer = fast.from_pretrained(
             str(path), auto_model=kind, max_seq_length=given.seq, dtype=arms.master_dtype(given),
             num_labels=LABELS[given.task], full_finetuning=full, load_in_4bit=False,
+            use_gradient_checkpointing=again,
         )  # fmt: skip
         if not full:
             model = fast.get_peft_model(
                 model, r=arms.RANK, lora_alpha=arms.ALPHA, lora_dropout=0, bias="none",
-                target_modules=arms.targets(path), task_type="SEQ_CLS",
+                target_modules=arms.targets(path), task_type="SEQ_CLS", use_gradient_checkpointing=again,
             )  # fmt: skip
     else:
         model = kind.from_pretrained(
