@@ -30,6 +30,8 @@ CONSUMERS = (
     "openvino", "transformers.js", "fastembed", "faiss", "pgvector", "qdrant", "weaviate",
 )  # fmt: skip
 KINDS = ("embeddings", "scores")
+# What `burnish verify` calls some of them.
+_NAMES = {"transformers-js": "transformers.js", "llama-cpp": "llama.cpp"}
 # The state of several folders is the first of these that one of them has.
 _ORDER = ("wrong", "verified", "static", "refused")
 _SHOWN = {"static": "static", "refused": "no", "wrong": "**wrong**"}
@@ -59,7 +61,8 @@ def summary(found: Iterable[Row]) -> Runs:
     parts: dict[tuple[str, str], list[Row]] = {}
     for row in found:
         if row["passed"] and not row["rounded"]:
-            parts.setdefault((row["consumer"], f"{row['family']} {row['kind']}"), []).append(row)
+            consumer = _NAMES.get(row["consumer"], row["consumer"])
+            parts.setdefault((consumer, f"{row['family']} {row['kind']}"), []).append(row)
     runs: Runs = {}
     for (consumer, name), together in sorted(parts.items()):
         runs.setdefault(consumer, {})[name] = _one(together)
@@ -73,13 +76,18 @@ def _one(together: Sequence[Row]) -> dict[str, Any]:
     differences = [row["difference"] for row in those if row["difference"] is not None]
     return {
         "state": state,
-        "versions": sorted({row["version"] for row in those if row["version"]}, key=_numbers),
+        "versions": sorted({_short(row["version"]) for row in those if row["version"]}, key=_numbers),
         "date": max(row["date"] for row in those),
         "folders": len(those),
         "cosine": round(min(cosines), 6) if cosines else None,
         "difference": float(f"{max(differences):.1e}") if differences else None,
         "reasons": sorted({row["reason"] for row in those if row["reason"]}),
     }
+
+
+def _short(version: str) -> str:
+    """A version without the build that some name behind a dash."""
+    return version.partition("-")[0] if version[0].isdigit() else version
 
 
 def _numbers(version: str) -> list[int]:

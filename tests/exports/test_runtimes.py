@@ -17,7 +17,8 @@ Python = Callable[[str], Path]
 Note = Callable[..., None]
 _RUN = "from burnish.core.cli import main; main()"
 # The prompts, the pooling and the padding of each; the exporter of old does not know Gemma's masks.
-MODELS = ("minilm merged", "minilm adapter", "xlm_roberta merged", "modernbert merged", "qwen3 merged")
+FAMILIES = ("minilm", "distilbert", "modernbert", "mpnet", "qwen3", "xlm_roberta")
+MODELS = tuple(f"{name} merged" for name in FAMILIES)
 
 
 def burnish(python: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -35,7 +36,7 @@ def exported(python: Python, source: Path, target: str, folder: Path, *options: 
     return folder
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "minilm adapter"])
 def test_onnx(name: str, saved: dict[str, Path], python: Python, note: Note, tmp_path: Path) -> None:
     precisions = "dtype=fp32,fp16,int8" if name == "minilm merged" else "dtype=fp32"
     folder = exported(python, saved[name], "onnx", tmp_path / "onnx", precisions, "exporter=torchscript")
@@ -59,17 +60,19 @@ def test_pytorchs_own_exporter_knows_gemma(saved: dict[str, Path], python: Pytho
     assert verdict.good
 
 
-def test_openvino(saved: dict[str, Path], python: Python, note: Note, tmp_path: Path) -> None:
-    folder = exported(python, saved["minilm merged"], "openvino", tmp_path / "openvino", "exporter=torchscript")
+@pytest.mark.parametrize("name", MODELS)
+def test_openvino(name: str, saved: dict[str, Path], python: Python, note: Note, tmp_path: Path) -> None:
+    folder = exported(python, saved[name], "openvino", tmp_path / "openvino", "exporter=torchscript")
     verdict = verify(folder, python=python("openvino"))
-    note("openvino", "minilm", verdict)
+    note("openvino", name.split()[0], verdict, what=name)
     assert verdict.good and verdict.runtime == "openvino" and verdict.difference <= 1e-5, verdict
 
 
-def test_fastembed(saved: dict[str, Path], python: Python, note: Note, tmp_path: Path) -> None:
-    folder = exported(python, saved["minilm merged"], "fastembed", tmp_path / "fastembed", "exporter=torchscript")
+@pytest.mark.parametrize("name", MODELS)
+def test_fastembed(name: str, saved: dict[str, Path], python: Python, note: Note, tmp_path: Path) -> None:
+    folder = exported(python, saved[name], "fastembed", tmp_path / "fastembed", "exporter=torchscript")
     verdict = verify(folder, python=python("fastembed"))
-    note("fastembed", "minilm", verdict)
+    note("fastembed", name.split()[0], verdict, what=name)
     assert verdict.good and verdict.runtime == "fastembed" and verdict.difference <= 1e-5, verdict
 
 
