@@ -61,7 +61,7 @@ def summary(found: Iterable[Row]) -> Runs:
     parts: dict[tuple[str, str], list[Row]] = {}
     for row in found:
         if row["passed"] and not row["rounded"]:
-            consumer = _NAMES.get(row["consumer"], row["consumer"])
+            consumer = _NAMES.get(str(row["consumer"]), str(row["consumer"]))
             parts.setdefault((consumer, f"{row['family']} {row['kind']}"), []).append(row)
     runs: Runs = {}
     for (consumer, name), together in sorted(parts.items()):
