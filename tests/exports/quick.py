@@ -9,6 +9,7 @@ QUICK = (
     "test_readers.py::test_sentence_transformers",
     "test_readers.py::test_transformers_alone",
     "test_readers.py::test_each_of_the_older_keys_counts",
+    "test_heads.py::test_sentence_transformers",
     "test_runtimes.py::test_onnx[minilm merged]",
     "test_runtimes.py::test_openvino[minilm merged]",
     "test_runtimes.py::test_fastembed[minilm merged]",
