@@ -43,14 +43,19 @@ def classify(model: Any, vectors: Tensor) -> Tensor:
 
 
 def older(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keys of transformers 4.48 to 4.57 and TEI; `layer_norm_eps` is what llama.cpp's converter wants."""
+    """The keys of transformers 4.48 to 4.57 and TEI; `layer_norm_eps` is what llama.cpp's converter wants.
+
+    TEI counts this family's labels by `num_labels`, which transformers reads and does not write: without it, as one.
+    """
     rotary = config["rope_parameters"]
+    labels = config.get("id2label")
     return {
         "global_rope_theta": rotary["full_attention"]["rope_theta"],
         "local_rope_theta": rotary["sliding_attention"]["rope_theta"],
         "global_attn_every_n_layers": every(config["layer_types"]),
         "layer_norm_eps": config["norm_eps"],
         "position_embedding_type": "absolute",  # as in the published config.json; nothing computes it
+        **({"num_labels": len(labels)} if labels else {}),
     }
 
 

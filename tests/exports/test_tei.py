@@ -22,7 +22,6 @@ REFUSED = {
     "mpnet ranker": "TEI has no rerankers or classifiers of model type mpnet",
     "qwen3 ranker": "TEI has no rerankers or classifiers of model type qwen3",
     "qwen3 classes": "TEI has no rerankers or classifiers of model type qwen3",
-    "modernbert several": "4 labels and no num_labels, without which TEI takes them for 1",
 }
 
 
