@@ -183,7 +183,11 @@ def _compare(
     off: float | None = None,
 ) -> Verdict:  # fmt: skip
     ours = _table(reference["outputs"])
-    theirs = _table(answer["outputs"])
+    try:
+        theirs = _table(answer["outputs"])
+    except ValueError as error:  # such as a state for each token, where nothing pools
+        fix = "See how it pools, and whether the folder says so"
+        raise ModelError("it does not give one row of numbers for each input", where=name, fix=fix) from error
     found = [*faults]
     scores = reference["kind"] == "scores"
     narrower = theirs.shape[1] < ours.shape[1] and scores  # of scores the first say nothing of the others
@@ -225,7 +229,14 @@ def _named(reference: Mapping[str, Any], column: str, place: int) -> str:
 
 
 def _table(rows: Any) -> NDArray[np.float64]:
+    """(N, numbers) of N rows, or of N numbers.
+
+    Raises:
+        ValueError: If they are of several lengths, or hold rows themselves.
+    """
     table = np.asarray([row if isinstance(row, list) else [row] for row in rows], dtype=np.float64)
+    if table.ndim != 2:
+        raise ValueError(f"{table.ndim} dimensions")
     return table
 
 

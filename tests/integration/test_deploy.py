@@ -147,6 +147,9 @@ def test_comparing() -> None:
     assert other.faults == ("1 of 3 inputs became other tokens",) and other.tokens is False
     fewer = _compare("x", reference, {**answer, "outputs": vectors[:2].tolist()}, 0.9999, [])
     assert fewer.faults[0] == "it gives 2 x 3 numbers, not 3 x 3"
+    for states in ([[1.0], [1.0, 2.0], [3.0]], [[[1.0, 2.0]]] * 3):
+        with pytest.raises(ModelError, match="x: it does not give one row of numbers for each input"):
+            _compare("x", reference, {**answer, "outputs": states}, 0.9999, [])
     nothing = _compare("x", reference, {**answer, "outputs": [[float("nan")] * 3] * 3}, 0.9999, [])
     assert not nothing.good, "no number is not the right one"
     scores = {**reference, "kind": "scores", "outputs": [1.0, 2.0, 3.0]}
