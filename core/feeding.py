@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from .collating import AHEAD, Labels, Part, Rows, StreamCollator, StreamedRows
 from .errors import DataError, ModelError
+from .packing import POOLS_PACKED_PROMPTS
 from .token_store import store_folder, token_column
 from .tokenising import Recipe, why_not
 
@@ -46,6 +47,8 @@ def refusal(model: Any, dataset: Any, collator: Any) -> str | None:
         return "a data collator was given"
     if collator.router_mapping or getattr(collator, "max_length", None):
         return "columns are routed, or cut to lengths of their own"
+    if not POOLS_PACKED_PROMPTS and collator.prompts and _Recipes(model).leaves_out:
+        return "pooling leaves its prompt out, for which Sentence Transformers before 6.2 takes padded input"
     if reason := why_not(model):
         return reason
     if isinstance(dataset, Streamed):
