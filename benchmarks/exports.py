@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from burnish.core.card_serving import CONSUMERS
+
 Row: TypeAlias = Mapping[str, Any]
 Runs: TypeAlias = dict[str, dict[str, dict[str, Any]]]
 
@@ -25,10 +27,6 @@ RESULTS = Path(__file__).parent / "results"
 FILE = Path(__file__).parents[1] / "core" / "verified_exports.json"
 SCHEMA = 2
 FAMILIES = ("bert", "distilbert", "gemma", "modernbert", "mpnet", "qwen3", "xlm_roberta")
-CONSUMERS = (
-    "sentence-transformers", "transformers", "langchain", "tei", "vllm", "llama.cpp", "ollama", "onnxruntime",
-    "openvino", "transformers.js", "fastembed", "faiss", "pgvector", "qdrant", "weaviate",
-)  # fmt: skip
 KINDS = ("embeddings", "scores")
 # What `burnish verify` calls some of them.
 _NAMES = {"transformers-js": "transformers.js", "llama-cpp": "llama.cpp"}

@@ -84,7 +84,7 @@ def describe(model: Any, folder: Path) -> Description:
         "prompts": dict(model.prompts),
         "default_prompt": model.default_prompt_name,
         "similarity": None if scores else str(model.similarity_fn_name),
-        "max_seq_length": _longest(model),
+        "max_seq_length": longest_of(model),
         "dimensions": None if scores else _width(model),
         "truncate_dim": getattr(model, "truncate_dim", None),
         dimensions.KEY: dimensions.of_config(config),
@@ -124,7 +124,8 @@ def _labels(config: Any) -> list[str] | None:
     return [str(names[place]) for place in sorted(names)] if names else None
 
 
-def _longest(model: Any) -> int | None:
+def longest_of(model: Any) -> int | None:
+    """The most tokens of a text that a model takes; None where it has no limit."""
     longest = model.max_seq_length
     return int(longest) if longest is not None and longest < 10**9 else None
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .deploy import longest_of
 from .loading import room_of
 from .packing import padded
 from .quantised import layers
@@ -133,8 +134,7 @@ def _asked(model: Any) -> dict[str, Any]:
     from sentence_transformers import CrossEncoder
     from sentence_transformers.base.modules import Transformer
 
-    longest = model.max_seq_length
-    longest = int(longest) if longest is not None and longest < 10**9 else None
+    longest = longest_of(model)
     first = model[0]  # a static model has no transformer
     room = room_of(first.config, first._infer_flatten_position_offset()) if isinstance(first, Transformer) else None
     common = {"schema": SCHEMA, "dtype": "float32"}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import card_serving
 from .card_facts import CardFacts, Cost, Held
+from .deploy import longest_of
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
@@ -155,8 +156,7 @@ def limits(model: Prepared, served: BaseModel) -> str:
         else "Burnish knows of no figures on held-out data for it: measure it on your own before you rely on it.",
         "It knows the languages and subjects of its base model and its training data, and has their biases.",
     ]
-    longest = served.max_seq_length
-    if longest is not None and longest < 10**9:
+    if (longest := longest_of(served)) is not None:
         lines.append(f"It reads the first {longest} tokens of a text and drops the rest without a word.")
     if isinstance(prompts := getattr(served, "prompts", None), dict) and any(prompts.values()):
         lines.append("Without its prompts, or with other ones, it is another model.")

@@ -20,11 +20,12 @@ import torch
 
 from burnish import FastSentenceTransformer
 from burnish.core import consumers, deploy, verifying
-from burnish.core.testing.subject import enliven, quietly
+from burnish.core.testing.subject import quietly
 from burnish.core.verifying import Verdict
 
 from .noting import PROPERTY, lines, noting, write_logs
 from .quick import mark
+from .random_models import SPECIAL, random_model
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("bert", "distilbert", "gemma", "modernbert", "mpnet", "qwen3", "xlm_roberta")
@@ -69,21 +70,11 @@ def loaded(script: Path) -> Any:
 
 def tiny(name: str, minilm: Path, folder: Path) -> Path:
     """A bare transformers folder of one family: random weights, and MiniLM's tokenizer cut at 64 tokens."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(minilm), model_max_length=64)
     config = import_module(f"burnish.families.{name}").sample("tiny")
-    special = {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102, "cls_token_id": 101, "sep_token_id": 102}
-    for key, value in {"vocab_size": len(tokenizer), **special, **UNUSUAL.get(name, {})}.items():
-        if hasattr(config, key):
-            setattr(config, key, value)
-    torch.manual_seed(0)
-    kind: Any = AutoModel
-    model = kind.from_config(config).float()
-    enliven(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_model(folder, config, tokenizer, {**SPECIAL, **UNUSUAL.get(name, {})})
 
 
 def adapted(base: Path) -> Any:

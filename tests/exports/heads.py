@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from burnish import FastClassifier, FastCrossEncoder
@@ -13,7 +14,9 @@ from burnish.core.layout import make_compatible
 from burnish.core.registry import registry
 from burnish.core.selection import choose_family
 from burnish.core.testing.find import sample_config
-from burnish.core.testing.subject import enliven, quietly
+from burnish.core.testing.subject import quietly
+
+from .random_models import SPECIAL, random_model
 
 # Name: (model type, settings of the classifier or None for a reranker). Every base but the last is an encoder without
 # a head, which is drawn at random: its adapter alone has it.
@@ -34,7 +37,6 @@ HEADS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "xlm_roberta number": ("xlm-roberta", {"problem_type": "regression", "num_labels": 1}),
     "qwen3 yes or no": ("qwen3", None),
 }
-_SPECIAL = {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102, "cls_token_id": 101, "sep_token_id": 102}
 _TEMPLATE = (
     "judge {% for message in messages %}{% if message.role == 'query' %}query {% else %}document {% endif %}"
     "{{ message.content }} {% endfor %}answer is"
@@ -43,7 +45,7 @@ _TEMPLATE = (
 
 def bare(name: str, minilm: Path, folder: Path) -> str:
     """A transformers folder with random weights and MiniLM's tokenizer, cut at 64 tokens."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     answers = name.endswith("yes or no")
     # XLM-R's own tokenizers tell no types, for there is one.
@@ -52,15 +54,7 @@ def bare(name: str, minilm: Path, folder: Path) -> str:
     if answers:
         tokenizer.chat_template = _TEMPLATE
     config = sample_config(HEADS[name][0])
-    for key, value in {"vocab_size": len(tokenizer), **_SPECIAL}.items():
-        if hasattr(config, key):
-            setattr(config, key, value)
-    torch.manual_seed(0)
-    kind: Any = AutoModelForCausalLM if answers else AutoModel
-    model = kind.from_config(config).float()
-    enliven(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    random_model(folder, config, tokenizer, SPECIAL, causal=answers)
     # As transformers 5 writes it, releases of before take a base for another model, whatever lies over it.
     make_compatible(folder, choose_family(registry(None), config).family)
     return str(folder)
@@ -94,3 +88,11 @@ def save(name: str, minilm: Path, place: Path) -> dict[str, Path]:
     adapted.save_pretrained(str(place / "adapter"))
     adapted.save_pretrained_merged(place / "merged")
     return {f"{name} {kind}": place / kind for kind in ("full", "adapter", "merged")}
+
+
+def save_all(names: Iterable[str], minilm: Path, made: pytest.TempPathFactory) -> dict[str, Path]:
+    """Those of several of `HEADS`; no folder is called after an architecture."""
+    found: dict[str, Path] = {}
+    for name in names:
+        found |= save(name, minilm, made.mktemp("saved") / "model")
+    return found

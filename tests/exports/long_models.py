@@ -11,7 +11,9 @@ import torch
 
 from burnish import FastClassifier, FastCrossEncoder, FastSentenceTransformer
 from burnish.core.testing.find import sample_config
-from burnish.core.testing.subject import enliven, quietly
+from burnish.core.testing.subject import quietly
+
+from .random_models import SPECIAL, random_model
 
 PROMPTS = {"query": "find this: ", "document": ""}
 # Name: (model type, or None for MiniLM; what of its tiny sample is another).
@@ -38,7 +40,6 @@ MODELS: Mapping[str, tuple[str | None, Mapping[str, Any]]] = {
     }),
     "xlm_roberta": ("xlm-roberta", _ONE),
 }  # fmt: skip
-_SPECIAL = {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102, "cls_token_id": 101, "sep_token_id": 102}
 
 
 def _without_types(tokenizer: Any) -> Any:
@@ -57,7 +58,7 @@ def _without_types(tokenizer: Any) -> Any:
 
 def wide(name: str, minilm: Path, folder: Path) -> Path:
     """A bare transformers folder of one of `MODELS`, with MiniLM's tokenizer cut at 64 tokens."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
     kind, changes = MODELS[name]
     if kind is None:
@@ -65,17 +66,7 @@ def wide(name: str, minilm: Path, folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(str(minilm), model_max_length=64)
     if kind == "xlm-roberta":
         tokenizer = _without_types(tokenizer)
-    config = sample_config(kind)
-    for key, value in {"vocab_size": len(tokenizer), **_SPECIAL, **changes}.items():
-        if hasattr(config, key):
-            setattr(config, key, value)
-    torch.manual_seed(0)
-    loader: Any = AutoModel
-    model = loader.from_config(config).float()
-    enliven(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_model(folder, sample_config(kind), tokenizer, {**SPECIAL, **changes})
 
 
 def save(name: str, minilm: Path, place: Path, *, kind: str = "embeddings") -> Path:

@@ -15,7 +15,7 @@ from burnish.core.exporters.onnx import fastembed, onnx
 from burnish.core.testing.subject import quietly
 from burnish.core.verifying import Verdict, verify
 
-from .heads import save
+from .heads import save_all
 from .test_runtimes import exported
 
 pytestmark = [pytest.mark.exports, pytest.mark.timeout(1800)]
@@ -27,10 +27,7 @@ NAMES = ("bert ranker", "bert classes", "xlm_roberta ranker", "modernbert severa
 
 @pytest.fixture(scope="module")
 def heads(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for name in NAMES:
-        found |= save(name, minilm, tmp_path_factory.mktemp("saved") / "model")
-    return found
+    return save_all(NAMES, minilm, tmp_path_factory)
 
 
 def right(verdict: Verdict, runtime: str, what: str, note: Note) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from burnish.core.verifying import Verdict
 
 from .conftest import HERE
-from .heads import HEADS, save
+from .heads import HEADS, save_all
 
 pytestmark = [pytest.mark.exports, pytest.mark.timeout(1200)]
 Folders = Mapping[str, Path]
@@ -27,11 +27,8 @@ ANSWERS = "yes or no"
 
 @pytest.fixture(scope="session")
 def heads(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """ "NAME full", "NAME adapter" and "NAME merged" folders of all heads, none called after an architecture."""
-    found: dict[str, Path] = {}
-    for name in HEADS:
-        found |= save(name, minilm, tmp_path_factory.mktemp("saved") / "model")
-    return found
+    """ "NAME full", "NAME adapter" and "NAME merged" folders of all heads."""
+    return save_all(HEADS, minilm, tmp_path_factory)
 
 
 def known(heads: Folders, environment: str) -> dict[str, Path]:

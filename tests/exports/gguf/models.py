@@ -14,7 +14,9 @@ import torch
 
 from burnish import FastCrossEncoder, FastSentenceTransformer
 from burnish.core import golden
-from burnish.core.testing.subject import enliven, quietly
+from burnish.core.testing.subject import quietly
+
+from ..random_models import random_model
 
 ROOT = Path(__file__).parents[3]
 LONGEST = 64
@@ -108,21 +110,10 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 def bare(family: str, folder: Path) -> Path:
     """A transformers folder of one family: random weights, and a tokenizer of its kind."""
-    from transformers import AutoModel
-
     tokenizer = TOKENIZERS[family]()
     config = import_module(f"burnish.families.{family}").sample("tiny")
     named = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
-    for key, value in {"vocab_size": len(tokenizer), **named, **SETTINGS.get(family, {})}.items():
-        if hasattr(config, key):
-            setattr(config, key, value)
-    torch.manual_seed(0)
-    kind: Any = AutoModel
-    model = kind.from_config(config).float()
-    enliven(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_model(folder, config, tokenizer, {**named, **SETTINGS.get(family, {})})
 
 
 def saved(base: Path, folder: Path) -> Path:
